@@ -1,0 +1,280 @@
+"""The command line: ``scvae fit``, ``scvae embed``, ``scvae demo``; also ``python -m scvae``."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    raise SystemExit('scvae: the command line needs typer: pip install "scvae-pyro[cli]"') from error
+
+import scvae
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+app = typer.Typer(
+    name="scvae",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Likelihood(StrEnum):
+    """Likelihood of a count."""
+
+    zinb = "zinb"
+    nb = "nb"
+    poisson = "poisson"
+
+
+class Dispersion(StrEnum):
+    """What the inverse dispersion depends on."""
+
+    gene = "gene"
+    gene_batch = "gene-batch"
+    gene_cell = "gene-cell"
+
+
+class Library(StrEnum):
+    """Where the library size comes from."""
+
+    latent = "latent"
+    observed = "observed"
+    size_factor = "size_factor"
+
+
+class UnknownBatch(StrEnum):
+    """What to do with batches that the model has not seen."""
+
+    error = "error"
+    ignore = "ignore"
+
+
+class MissingGenes(StrEnum):
+    """What to do when genes of the model are absent."""
+
+    error = "error"
+    zero = "zero"
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"scvae {scvae.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _scvae(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Variational autoencoders for single-cell counts.
+
+    From raw counts in an .h5ad file to a batch-corrected embedding that scanpy reads:
+
+      scvae fit cells.h5ad --batch-key batch --output embedded.h5ad --model model
+
+      scvae embed new_cells.h5ad --model model --output new_embedded.h5ad
+    """
+
+
+Input = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="AnnData file with raw counts.")]
+Layer = Annotated[
+    str | None, typer.Option(help="Layer that holds the raw counts. [default: X]", show_default=False)
+]
+Output = Annotated[Path | None, typer.Option(help="Where to write the AnnData with its embedding.")]
+
+
+@app.command()
+def fit(
+    input: Input,
+    output: Output = None,
+    model: Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
+    layer: Layer = None,
+    categorical_covariate_key: Annotated[
+        list[str] | None, typer.Option(help="Further categorical column of .obs to correct for; repeatable.")
+    ] = None,
+    continuous_covariate_key: Annotated[
+        list[str] | None, typer.Option(help="Numeric column of .obs to correct for; repeatable.")
+    ] = None,
+    size_factor_key: Annotated[
+        str | None, typer.Option(help="Column of .obs with size factors, in place of a library size.")
+    ] = None,
+    mask_var: Annotated[
+        str,
+        typer.Option(
+            metavar="COLUMN",
+            help="Boolean column of .var: the genes to model. auto: highly_variable where there is one.",
+        ),
+    ] = "auto",
+    all_genes: Annotated[
+        bool, typer.Option("--all-genes", help="Model every gene; overrides --mask-var.")
+    ] = False,
+    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the embedding.")] = 10,
+    likelihood: Annotated[Likelihood, typer.Option(help="Likelihood of the counts.")] = Likelihood.zinb,
+    dispersion: Annotated[
+        Dispersion, typer.Option(help="One inverse dispersion a gene, a gene and batch, or a gene and cell.")
+    ] = Dispersion.gene,
+    library: Annotated[
+        Library | None,
+        typer.Option(
+            help="Library size: inferred, the observed total, or from --size-factor-key. "
+            "[default: latent, or size_factor where its key is given]",
+            show_default=False,
+        ),
+    ] = None,
+    max_epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")
+    ] = "auto",
+    key_added: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
+    check_counts: Annotated[
+        bool,
+        typer.Option("--check-counts/--no-check-counts", help="Refuse counts that are not whole numbers."),
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+) -> None:
+    """Fit a model to raw counts; write the embedding, save the model, or both.
+
+    The input is never changed. The output is the input with .obsm["X_scvae"] (posterior mean),
+    .obsm["X_scvae_std"], .obs["scvae_library"] and .uns["scvae"].
+
+    For example:
+
+      scvae fit cells.h5ad --batch-key batch --output embedded.h5ad --model model
+
+      scvae fit cells.h5ad --layer counts --likelihood nb --library observed --output embedded.h5ad
+
+      scvae fit cells.h5ad --batch-key donor --categorical-covariate-key chemistry
+      --continuous-covariate-key percent_mito --model model
+    """
+    if output is None and model is None:
+        raise typer.BadParameter("nothing would be kept: name --output, --model or both")
+    _check_folder(output, "--output")
+    _check_folder(model, "--model")
+    if model is not None and model.exists() and not overwrite:
+        raise FileExistsError(f"--model {model} exists: name another folder, or add --overwrite")
+    options = {} if library is None else {"library": library.value}
+    adata = _read(input)
+    fitted = scvae.fit(
+        adata,
+        layer=layer,
+        batch_key=batch_key,
+        categorical_covariate_keys=categorical_covariate_key or (),
+        continuous_covariate_keys=continuous_covariate_key or (),
+        size_factor_key=size_factor_key,
+        mask_var=None if all_genes else mask_var,
+        n_latent=n_latent,
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        device=device,
+        seed=seed,
+        key_added=key_added,
+        check_counts=check_counts,
+        likelihood=likelihood.value,
+        dispersion=dispersion.value,
+        **options,
+    )
+    if model is not None:
+        fitted.save(model, overwrite=overwrite)
+        typer.echo(f"model: {model}")
+    if output is not None:
+        adata.write_h5ad(output)
+        typer.echo(f'embedding: .obsm["{key_added}"] in {output}')
+
+
+@app.command()
+def embed(
+    input: Input,
+    model: Annotated[Path, typer.Option(help="Model saved by `scvae fit --model`.")],
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its embedding.")],
+    unknown_batch: Annotated[
+        UnknownBatch,
+        typer.Option(help="Batches that the model has not seen: refuse, or embed without batch."),
+    ] = UnknownBatch.error,
+    missing_genes: Annotated[
+        MissingGenes, typer.Option(help="Genes of the model that are absent: refuse, or count as zero.")
+    ] = MissingGenes.error,
+    key_added: Annotated[
+        str | None,
+        typer.Option(help="Key of the embedding in .obsm. [default: that of the fit]", show_default=False),
+    ] = None,
+) -> None:
+    """Embed cells, seen or new, with a saved model.
+
+    Genes may come in any order; further genes are ignored.
+
+    For example:
+
+      scvae embed new_cells.h5ad --model model --output new_embedded.h5ad --unknown-batch ignore
+    """
+    _check_folder(output, "--output")
+    fitted = scvae.load(model)
+    adata = _read(input)
+    key = key_added or fitted.key_added
+    adata.obsm[key] = fitted.embed(
+        adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value
+    )
+    adata.write_h5ad(output)
+    typer.echo(f'embedding: .obsm["{key}"] in {output}')
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("scvae_demo"),
+) -> None:
+    """Fit 700 real blood cells and show how well it went, offline, in a minute or two."""
+    from scvae.demo import demo
+
+    demo(output_dir)
+
+
+def _read(path: Path) -> AnnData:
+    import anndata
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    return anndata.read_h5ad(path)
+
+
+def _check_folder(path: Path | None, option: str) -> None:
+    """Refuse, before the work is done, a result that could not be written after it."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise FileNotFoundError(
+            f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first"
+        )
+
+
+def main() -> None:
+    """Run the command line. Exit code 1 is for bad input, 2 for wrong usage.
+
+    Raises
+    ------
+    SystemExit
+        Always, with the exit code.
+    """
+    try:
+        app()
+    except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+        # str(KeyError) is the repr of its message, which would show quotes and escapes
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.exit(f"scvae: {' '.join(str(message).split())}")
+
+
+if __name__ == "__main__":
+    main()

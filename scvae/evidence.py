@@ -1,0 +1,110 @@
+r"""The bound and the evidence, for any program.
+
+.. math::
+    \log p(x) - \mathrm{KL}[q(z|x) \| p(z|x)] = \mathbb E_q \log p(x|z) - \mathrm{KL}[q(z|x) \| p(z)].
+
+The left side is what is wanted, the right side (ELBO) is what is maximised. The evidence itself is estimated by
+importance weighting (Burda et al. 2016, Importance Weighted Autoencoders, ICLR, equation 8), or by plain Monte Carlo
+over the prior, which shows why the guide is needed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from scvae.cells import Batch
+from scvae.programs.program import Program
+
+__all__ = ["elbo", "elbo_terms", "importance_weighted", "prior_monte_carlo"]
+
+
+def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw once from the guide and return what the ELBO is made of.
+
+    Returns
+    -------
+    log_likelihood
+        ``log p(x | z)`` of each observed site by name, nats, ``[n]``.
+    kl
+        ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
+        ``log q(z) - log p(z)`` of the draw.
+    """
+    q, p = _traces(program, batch)
+    log_likelihood, kl = {}, {}
+    for name, site in _sites(p):
+        if site["is_observed"]:
+            log_likelihood[name] = _log_prob(site)
+            continue
+        try:
+            divergence = kl_divergence(q.nodes[name]["fn"], site["fn"])
+            kl[name] = scale_and_mask(divergence, site["scale"], site["mask"])
+        except NotImplementedError:
+            kl[name] = _log_prob(q.nodes[name]) - _log_prob(site)
+    return log_likelihood, kl
+
+
+def elbo(program: Program, batch: Batch, n_samples: int = 1) -> Tensor:
+    """Estimate the ELBO of each cell, in nats, ``[n]``, with `n_samples` draws from the guide."""
+    total: Tensor | float = 0.0
+    for _ in range(n_samples):
+        log_likelihood, kl = elbo_terms(program, batch)
+        total = total + sum(log_likelihood.values()) - sum(kl.values())
+    return total / n_samples  # type: ignore[return-value]
+
+
+def importance_weighted(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
+    r"""Estimate ``log p(x)`` of each cell, in nats, ``[n]``, by importance weighting.
+
+    :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k | x)` with :math:`z_k \sim q(z | x)`: in expectation at least the ELBO
+    (which it is for ``n_samples=1``), at most the evidence, and rising with `n_samples`.
+    """
+    return _log_mean_exp(lambda: _log_weight(*_traces(program, batch)), n_samples)
+
+
+def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
+    r"""Estimate ``log p(x)`` of each cell, in nats, ``[n]``, by :math:`\log \frac1K \sum_k p(x|z_k), z_k \sim p(z)`.
+
+    Unbiased before the logarithm, but of such variance that it is of use for tiny models only.
+    """
+
+    def log_likelihood() -> Tensor:
+        trace = poutine.trace(program.model).get_trace(batch)
+        return sum(_log_prob(site) for _, site in _sites(trace) if site["is_observed"])  # type: ignore[return-value]
+
+    return _log_mean_exp(log_likelihood, n_samples)
+
+
+def _traces(program: Program, batch: Batch) -> tuple[Trace, Trace]:
+    q = poutine.trace(program.guide).get_trace(batch)
+    return q, poutine.trace(poutine.replay(program.model, q)).get_trace(batch)
+
+
+def _sites(trace: Trace) -> list[tuple[str, dict]]:
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    ]
+
+
+def _log_prob(site: dict) -> Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+
+
+def _log_weight(q: Trace, p: Trace) -> Tensor:
+    return sum(_log_prob(site) for _, site in _sites(p)) - sum(_log_prob(site) for _, site in _sites(q))  # type: ignore
+
+
+def _log_mean_exp(draw: object, n_samples: int) -> Tensor:
+    """Log of the mean of the exponential of `n_samples` draws, one at a time."""
+    total = draw()  # type: ignore[operator]
+    for _ in range(n_samples - 1):
+        total = torch.logaddexp(total, draw())  # type: ignore[operator]
+    return total - math.log(n_samples)

@@ -1,0 +1,170 @@
+"""One call from an AnnData to its latent space."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from anndata import AnnData
+
+from scvae.cells import Cells, Schema
+from scvae.fitted import Fitted
+from scvae.programs import PROGRAMS, Program
+from scvae.svi import NonFiniteLoss, Training, seeded, train
+
+__all__ = ["fit"]
+
+
+def fit(
+    adata: AnnData,
+    program: str | type[Program] = "zinb",
+    *,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    categorical_covariate_keys: Sequence[str] = (),
+    continuous_covariate_keys: Sequence[str] = (),
+    size_factor_key: str | None = None,
+    mask_var: str | None = "auto",
+    check_counts: bool = True,
+    n_latent: int = 10,
+    max_epochs: int | None = None,
+    batch_size: int = 128,
+    device: str = "auto",
+    seed: int = 0,
+    key_added: str = "X_scvae",
+    progress: bool = True,
+    **options: Any,
+) -> Fitted:
+    """Fit a generative model to raw counts, and write the cells' latent coordinates to the AnnData.
+
+    Parameters
+    ----------
+    adata
+        Cells by genes. Raw counts in ``.X`` or in `layer`: CSR, CSC, dense, backed or dask.
+    program
+        Name of a program (``"zinb"``), or a :class:`~scvae.programs.Program` class of your own.
+    layer
+        Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.
+    batch_key
+        Column of ``adata.obs`` whose effect is to be taken out of the latent space.
+    categorical_covariate_keys, continuous_covariate_keys
+        Further columns whose effect is to be taken out.
+    size_factor_key
+        Column of ``adata.obs`` with size factors, for ``library="size_factor"``, which it implies.
+    mask_var
+        Column of ``adata.var`` that marks the genes to model. By default ``"highly_variable"`` where there is such a
+        column, else all genes; None takes all of them in any case.
+    check_counts
+        False accepts counts that are not whole numbers (corrected for ambient RNA, say).
+    n_latent
+        Dimensions of the latent space.
+    max_epochs
+        Passes through the cells; by default as many as make a fixed number of steps.
+    batch_size
+        Cells in a minibatch.
+    device
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
+    seed
+        Makes the fit repeatable on the same machine and device; the caller's random state is left as it was.
+    key_added
+        Key of ``adata.obsm`` to write to.
+    progress
+        Whether to show a progress bar.
+    **options
+        Options of the program (:class:`scvae.programs.ZINB`: ``likelihood``, ``dispersion``, ``library``,
+        ``n_hidden``, …) and of the training (:class:`scvae.svi.Training`: ``learning_rate``, ``kl_weight``,
+        ``validation_fraction``, …).
+
+    Returns
+    -------
+    Fitted
+        The fitted model. To the AnnData are written, and nothing else: ``.obsm[key_added]``, the posterior mean of
+        each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; per-cell scalars in
+        ``.obs["scvae_…"]`` (the library latent, as counts); ``.uns["scvae"]``, parameters and history.
+
+    Raises
+    ------
+    KeyError
+        If a layer or column is missing.
+    ValueError
+        If the counts or covariates cannot be modelled; the message names the first cells or genes at fault.
+    TypeError
+        If an option is not known.
+    scvae.svi.NonFiniteLoss
+        If the loss becomes NaN or infinite. The AnnData is then as it was.
+
+    Examples
+    --------
+    >>> import scvae
+    >>> adata = scvae.datasets.simulated_batches(n_cells=200, n_genes=50, seed=0)
+    >>> model = scvae.fit(adata, batch_key="batch", max_epochs=2, progress=False)
+    >>> adata.obsm["X_scvae"].shape
+    (200, 10)
+    """
+    where = _device(device)
+    kind = _program(program)
+    training_names = {field.name for field in fields(Training)}
+    training = Training(
+        max_epochs=max_epochs,
+        batch_size=batch_size,
+        **{name: options.pop(name) for name in list(options) if name in training_names},
+    )
+    if size_factor_key is not None:
+        options.setdefault("library", "size_factor")
+    if adata.isbacked and adata.is_view:
+        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+    schema = Schema.of(
+        adata,
+        layer=layer,
+        batch_key=batch_key,
+        categorical_covariate_keys=categorical_covariate_keys,
+        continuous_covariate_keys=continuous_covariate_keys,
+        size_factor_key=size_factor_key,
+        mask_var=mask_var,
+        check_counts=check_counts,
+    )
+    with seeded(seed, where):
+        try:
+            made = kind(schema, n_latent=n_latent, **options)
+        except TypeError as error:
+            raise TypeError(f"{error}. Options of the training are {', '.join(sorted(training_names))}.") from None
+        cells = Cells.read(adata, schema, device=where)
+        if len(cells) < 2:
+            raise ValueError("The AnnData has a single cell: a latent space needs at least two.")
+        made.to(where).initialise(cells)
+        try:
+            history = train(made, cells, training, progress=progress)
+        except NonFiniteLoss as error:
+            names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
+            error.args = (
+                f"The loss is not finite at step {error.step}, site {error.site!r}, in {len(error.rows)} cells "
+                f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
+            )
+            raise
+    fitted = Fitted(made, history, key_added)
+    fitted._write(adata, cells)
+    return fitted
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is 'auto', 'cpu' or 'cuda', not {name!r}: others lack double precision.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}, but torch sees no GPU; device='auto' takes one where there is one.")
+    return device
+
+
+def _program(program: str | type[Program]) -> type[Program]:
+    if isinstance(program, str):
+        if program not in PROGRAMS:
+            raise ValueError(f"There is no program {program!r}; there are {', '.join(map(repr, PROGRAMS))}.")
+        return PROGRAMS[program]
+    if not (isinstance(program, type) and issubclass(program, Program)):
+        raise TypeError(f"program is a name or a class derived from scvae.programs.Program, not {program!r}.")
+    return program

@@ -1,0 +1,64 @@
+"""What a program must answer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from scvae.cells import Batch, Cells, Schema
+
+__all__ = ["Program"]
+
+
+class Program(nn.Module, ABC):
+    """A generative model and its guide, declared with ``pyro.sample`` in one plate over the cells of a minibatch.
+
+    All parameters are ordinary ``nn.Parameter``s (Pyro's global parameter store is not used), and everything that
+    is read off the data lies in buffers, so that ``state_dict`` is the whole of a fitted program.
+
+    Parameters
+    ----------
+    schema
+        The genes and covariates of the data.
+    options
+        Whatever the program lets its user choose; plain numbers, strings, booleans or None, so that they can be
+        saved as JSON.
+    """
+
+    #: Name in the registry.
+    name: ClassVar[str]
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        super().__init__()
+        self.schema = schema
+        self.options = options
+
+    @abstractmethod
+    def initialise(self, cells: Cells) -> None:
+        """Set what is read off the data (library sizes, mean expression), before training."""
+
+    @abstractmethod
+    def model(self, batch: Batch) -> None:
+        """Declare the generative process; draws the counts where ``batch.counts`` is None."""
+
+    @abstractmethod
+    def guide(self, batch: Batch) -> None:
+        """Declare the approximate posterior of the model's latent variables."""
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latent vector's posterior, each ``[n, n_latent]``."""
+
+    @abstractmethod
+    def decode(self, z: Tensor, batch: Batch) -> Tensor:
+        """Return the expression that a latent vector stands for, ``[n, G]``, as fractions that sum to one."""
+
+    def library(self, batch: Batch) -> Tensor:
+        """Return the library size by which the decoded fractions are multiplied, ``[n]``."""
+        return batch.library_size
+
+    def per_cell(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the scalar latents of each cell by name, each ``[n]``; written to ``.obs`` as ``scvae_<name>``."""
+        return {}

@@ -1,0 +1,207 @@
+"""The one training loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from scvae.cells import Batch, Cells
+from scvae.evidence import elbo_terms
+from scvae.programs.program import Program
+
+__all__ = ["NonFiniteLoss", "Training", "seeded", "train"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a program is trained; the defaults were chosen by experiment (``tests/benchmarks/defaults.md``).
+
+    Parameters
+    ----------
+    max_epochs
+        Passes through the training cells; None takes as many as make :attr:`default_steps`.
+    batch_size
+        Cells in a minibatch, at most.
+    learning_rate
+        Of Adam, at its peak: it rises over the first tenth of the steps and falls to nothing along a cosine.
+    kl_weight
+        Weight of the KL terms once warmed up; 1 is the ELBO.
+    kl_warmup
+        Fraction of all steps over which that weight rises from 0.
+    validation_fraction
+        Of the cells, held out to measure the ELBO (un-annealed, with weight 1); 0 trains on all of them.
+    patience
+        Evaluations without a better validation ELBO after which training stops. There are 50 in a whole training.
+    max_norm
+        To which the norm of the gradient is clipped.
+    """
+
+    max_epochs: int | None = None
+    batch_size: int = 128
+    learning_rate: float = 3e-3
+    kl_weight: float = 1.0
+    kl_warmup: float = 0.3
+    validation_fraction: float = 0.0
+    patience: int = 10
+    max_norm: float = math.inf
+
+    default_steps = 600
+    n_evaluations = 50
+    max_validation_cells = 2048
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss was NaN or infinite: at which step, at which site, in which cells (their rows)."""
+
+    def __init__(self, step: int, site: str, rows: list[int]) -> None:
+        super().__init__(f"The loss is not finite at step {step}, site {site!r}, in the cells {rows[:5]}.")
+        self.step, self.site, self.rows = step, site, rows
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch within the block, and leave the caller's random state as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Pyro's and torch's checks of distributions off within the block: what they find, the loss shows too."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> dict[str, list]:
+    """Maximise the ELBO by stochastic gradient ascent, and leave the program with the best weights found.
+
+    Ctrl-C ends the training as an early stop does.
+
+    Returns
+    -------
+    dict
+        ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with validation, ``validation_elbo``: at each evaluation,
+        nats per cell, the training ones averaged since the evaluation before. ``stopped``: why training ended.
+
+    Raises
+    ------
+    NonFiniteLoss
+        If the loss is NaN or infinite. The weights are those before that step.
+    """
+    held_out, rows = _split(cells, training)
+    per_epoch = -(-len(rows) // training.batch_size)
+    epochs = training.max_epochs or max(1, round(training.default_steps / per_epoch))
+    n_steps = epochs * per_epoch
+    every = max(1, n_steps // training.n_evaluations)
+    check_every = 1 if cells.device.type == "cpu" else 50
+
+    parameters = [p for p in program.parameters() if p.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=training.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, training.learning_rate, total_steps=n_steps + 1, pct_start=0.1, cycle_momentum=False
+    )
+    failed = torch.zeros((), device=cells.device)
+    optimiser.found_inf = failed  # type: ignore[attr-defined]  # a fused Adam skips its step where this is 1
+    history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
+    if len(held_out):
+        history["validation_elbo"] = []
+    best, best_state, waited = -math.inf, None, 0
+    sums = torch.zeros(2, device=cells.device)
+    window: list[tuple[Tensor, dict[str, Tensor]]] = []
+    stopped = "finished"
+
+    bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
+    with unchecked(), bar:
+        try:
+            step = 0
+            for chosen, batch in _forever(cells, training.batch_size, rows):
+                weight = training.kl_weight * min(1.0, (step + 1) / max(1.0, training.kl_warmup * n_steps))
+                program.train()
+                log_likelihood, kl = elbo_terms(program, batch)
+                reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
+                loss = weight * divergence - reconstruction
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_norm)
+                failed.logical_or_(~torch.isfinite(loss + norm))
+                optimiser.step()
+                schedule.step()
+                step += 1
+                sums += torch.stack([reconstruction, divergence]).detach()
+                window.append((chosen, {k: v.detach() for k, v in {**log_likelihood, **kl}.items()}))
+                if len(window) == check_every or step == n_steps:
+                    if failed:
+                        raise _fault(window, step)
+                    window.clear()
+                bar.update()
+                if step % every and step != n_steps:
+                    continue
+                mean_log_likelihood, mean_kl = (sums / (step - (history["step"] or [0])[-1])).tolist()
+                sums.zero_()
+                history["step"].append(step)
+                history["elbo"].append(mean_log_likelihood - mean_kl)
+                history["log_likelihood"].append(mean_log_likelihood)
+                history["kl"].append(mean_kl)
+                shown = {"elbo": f"{history['elbo'][-1]:.1f}"}
+                if len(held_out):
+                    validation = _validate(program, cells, held_out)
+                    history["validation_elbo"].append(validation)
+                    shown["validation"] = f"{validation:.1f}"
+                    waited += 1
+                    if validation > best:
+                        best, best_state, waited = validation, copy.deepcopy(program.state_dict()), 0
+                bar.set_postfix(shown)
+                if step == n_steps:
+                    break
+                if waited >= training.patience and step > training.kl_warmup * n_steps:
+                    stopped = "early"
+                    break
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+    if best_state is not None:
+        program.load_state_dict(best_state)
+    program.eval()
+    history["stopped"] = [stopped]
+    return history
+
+
+def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(cells)).to(cells.device)
+    n = min(round(training.validation_fraction * len(cells)), training.max_validation_cells)
+    return order[:n], order[n:]
+
+
+def _forever(cells: Cells, size: int, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+    while True:
+        yield from cells.minibatches(size, rows, shuffle=True)
+
+
+@torch.no_grad()
+def _validate(program: Program, cells: Cells, rows: Tensor) -> float:
+    """Un-annealed ELBO, nats per cell, with the same draws each time and apart from those of the training."""
+    program.eval()
+    total = torch.zeros((), device=cells.device)
+    with seeded(0, cells.device):
+        for _, batch in cells.minibatches(1024, rows):
+            log_likelihood, kl = elbo_terms(program, batch)
+            total += (sum(log_likelihood.values()) - sum(kl.values())).sum()
+    return float(total) / len(rows)
+
+
+def _fault(window: list[tuple[Tensor, dict[str, Tensor]]], step: int) -> NonFiniteLoss:
+    """Say where a loss first was not finite."""
+    for i, (rows, terms) in enumerate(window):
+        for site, term in terms.items():
+            wrong = ~torch.isfinite(term)
+            if wrong.any():
+                return NonFiniteLoss(step - len(window) + i + 1, site, rows[wrong].tolist())
+    return NonFiniteLoss(step, "gradient", window[0][0].tolist())
