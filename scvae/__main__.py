@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import typer
@@ -81,16 +82,14 @@ def _scvae(
 
     From raw counts in an .h5ad file to a batch-corrected embedding that scanpy reads:
 
-      scvae fit cells.h5ad --batch-key batch --output embedded.h5ad --model model
+      scvae fit cells.h5ad --batch-key batch --output out.h5ad --model model
 
-      scvae embed new_cells.h5ad --model model --output new_embedded.h5ad
+      scvae embed new.h5ad --model model --output new_out.h5ad
     """
 
 
 Input = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="AnnData file with raw counts.")]
-Layer = Annotated[
-    str | None, typer.Option(help="Layer that holds the raw counts. [default: X]", show_default=False)
-]
+Layer = Annotated[str | None, typer.Option(help="Layer that holds the raw counts. [default: X]", show_default=False)]
 Output = Annotated[Path | None, typer.Option(help="Where to write the AnnData with its embedding.")]
 
 
@@ -117,9 +116,7 @@ def fit(
             help="Boolean column of .var: the genes to model. auto: highly_variable where there is one.",
         ),
     ] = "auto",
-    all_genes: Annotated[
-        bool, typer.Option("--all-genes", help="Model every gene; overrides --mask-var.")
-    ] = False,
+    all_genes: Annotated[bool, typer.Option("--all-genes", help="Model every gene; overrides --mask-var.")] = False,
     n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the embedding.")] = 10,
     likelihood: Annotated[Likelihood, typer.Option(help="Likelihood of the counts.")] = Likelihood.zinb,
     dispersion: Annotated[
@@ -139,9 +136,7 @@ def fit(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
     key_added: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
     check_counts: Annotated[
         bool,
@@ -156,12 +151,11 @@ def fit(
 
     For example:
 
-      scvae fit cells.h5ad --batch-key batch --output embedded.h5ad --model model
+      scvae fit cells.h5ad --batch-key batch --output out.h5ad --model model
 
-      scvae fit cells.h5ad --layer counts --likelihood nb --library observed --output embedded.h5ad
+      scvae fit cells.h5ad --layer counts --likelihood nb --output out.h5ad
 
-      scvae fit cells.h5ad --batch-key donor --categorical-covariate-key chemistry
-      --continuous-covariate-key percent_mito --model model
+      scvae fit cells.h5ad --categorical-covariate-key donor --model model
     """
     if output is None and model is None:
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
@@ -169,7 +163,7 @@ def fit(
     _check_folder(model, "--model")
     if model is not None and model.exists() and not overwrite:
         raise FileExistsError(f"--model {model} exists: name another folder, or add --overwrite")
-    options = {} if library is None else {"library": library.value}
+    options: dict[str, Any] = {} if library is None else {"library": library.value}
     adata = _read(input)
     fitted = scvae.fit(
         adata,
@@ -221,15 +215,13 @@ def embed(
 
     For example:
 
-      scvae embed new_cells.h5ad --model model --output new_embedded.h5ad --unknown-batch ignore
+      scvae embed new.h5ad --model model --output new_out.h5ad
     """
     _check_folder(output, "--output")
     fitted = scvae.load(model)
     adata = _read(input)
     key = key_added or fitted.key_added
-    adata.obsm[key] = fitted.embed(
-        adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value
-    )
+    adata.obsm[key] = fitted.embed(adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value)
     adata.write_h5ad(output)
     typer.echo(f'embedding: .obsm["{key}"] in {output}')
 
@@ -249,15 +241,20 @@ def _read(path: Path) -> AnnData:
 
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    return anndata.read_h5ad(path)
+    try:
+        return anndata.read_h5ad(path)
+    except OSError as error:
+        raise ValueError(f"{path} is not an .h5ad file, or is damaged: {error}") from error
 
 
 def _check_folder(path: Path | None, option: str) -> None:
     """Refuse, before the work is done, a result that could not be written after it."""
     if path is not None and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(
-            f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first"
-        )
+        raise FileNotFoundError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"scvae: warning: {message}", file=sys.stderr)
 
 
 def main() -> None:
@@ -269,7 +266,9 @@ def main() -> None:
         Always, with the exit code.
     """
     try:
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         # str(KeyError) is the repr of its message, which would show quotes and escapes
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

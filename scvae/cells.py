@@ -158,6 +158,7 @@ class Cells:
         self.genes = self._tensor(counts.indices, counts.indices.dtype)
         self.offsets = self._tensor(counts.indptr, np.int64)
         self.library_size = self._tensor(np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(), np.float32)
+        self.log_factorial = self._log_factorial()
         self.codes = self._tensor(codes, np.int64)
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
@@ -229,7 +230,10 @@ class Cells:
         within = torch.arange(len(cell), device=self.device) - (end - length)[cell]
         entry = start[cell] + within
         counts = SparseCounts(
-            self.values[entry], cell * self.n_genes + self.genes[entry], (len(rows), self.n_genes)
+            self.values.index_select(0, entry),
+            cell * self.n_genes + self.genes.index_select(0, entry),
+            (len(rows), self.n_genes),
+            self.log_factorial[rows],
         )
         return Batch(
             counts,
@@ -262,6 +266,16 @@ class Cells:
         n_nonzero = torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
         for part, n in zip(parts, n_nonzero, strict=True):
             yield part, self.batch(part, n)
+
+    def _log_factorial(self) -> Tensor:
+        """Sum over genes of the log factorial of the counts, ``[n_cells]``: a constant of the data."""
+        parts = []
+        for ends in torch.arange(len(self) + 1, device=self.device).split(1 << 16):
+            first = max(int(ends[0]) - 1, 0)
+            offsets = self.offsets[first : int(ends[-1]) + 1]
+            logs = torch.lgamma(self.values[offsets[0] : offsets[-1]].double() + 1).cumsum(0)
+            parts.append(torch.cat([logs.new_zeros(1), logs])[offsets - offsets[0]].diff())
+        return torch.cat(parts)
 
     def gene_totals(self, rows: Tensor) -> Tensor:
         """Return the total counts of each gene over some cells, ``[n_genes]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from scvae.datasets import pbmc68k
 from scvae.fitting import fit
@@ -12,9 +13,7 @@ from scvae.fitting import fit
 __all__ = ["demo"]
 
 
-def demo(
-    output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None, seed: int = 0
-) -> dict[str, float]:
+def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None, seed: int = 0) -> dict[str, float]:
     """Fit 700 blood cells, judge the fit on cells held out, and compare clusters with the known types.
 
     Nine cells in ten are fitted; the evidence is that of the rest. All cells are embedded, clustered
@@ -79,8 +78,7 @@ def demo(
     sc.tl.umap(adata, random_state=seed)
     n_types = adata.obs["cell_type"].nunique()
     kmeans = KMeans(n_types, n_init=10, random_state=seed).fit_predict(adata.obsm["X_scvae"])
-    adata.obs["kmeans"] = kmeans.astype(str)
-    adata.obs["kmeans"] = adata.obs["kmeans"].astype("category")
+    adata.obs["kmeans"] = pd.Categorical(kmeans.astype(str))
     for name in ("leiden", "kmeans"):
         figures[f"{name}_ari"] = float(adjusted_rand_score(adata.obs["cell_type"], adata.obs[name]))
         figures[f"{name}_nmi"] = float(normalized_mutual_info_score(adata.obs["cell_type"], adata.obs[name]))
@@ -98,9 +96,7 @@ def demo(
     print(f"  log likelihood (256 importance samples)  {figures['log_likelihood']:9.1f}")
     print()
     print(f"Agreement with the {n_types} known cell types            ARI     NMI")
-    print(
-        f"  Leiden, {n_clusters:2d} clusters       {figures['leiden_ari']:22.2f} {figures['leiden_nmi']:7.2f}"
-    )
+    print(f"  Leiden, {n_clusters:2d} clusters       {figures['leiden_ari']:22.2f} {figures['leiden_nmi']:7.2f}")
     print(f"  k-means, {n_types:2d} clusters      {figures['kmeans_ari']:22.2f} {figures['kmeans_nmi']:7.2f}")
     print()
     print(f"AnnData with the embedding: {file}")

@@ -1,0 +1,91 @@
+"""The project holds together: light import, one version, links that lead somewhere, examples that parse."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import scvae
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "data/README.md", "docs/index.md", "docs/model.md")]
+
+
+def names(requirements):
+    return {re.match(r"[\w.-]+", r).group().lower() for r in requirements}
+
+
+def test_import_leaves_alone_what_only_plots_scores_downloads_or_serves_the_command_line():
+    optional = ("scanpy", "matplotlib", "sklearn", "typer", "pooch", "igraph", "leidenalg", "umap")
+    code = f"import sys, scvae; print(*[name for name in {optional} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_version_is_that_of_the_project():
+    assert scvae.__version__ == PROJECT["version"]
+    assert f"## [{scvae.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in scvae.__all__:
+        assert getattr(scvae, name).__doc__, name
+
+
+def test_every_requirement_has_a_tested_version():
+    lines = (ROOT / "constraints.txt").read_text().split()
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
+    tested = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    asked = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
+    assert asked - {PROJECT["name"]} <= tested
+
+
+def test_the_extra_for_development_brings_what_the_tests_import():
+    groups = PROJECT["optional-dependencies"]
+    brought = names(PROJECT["dependencies"]).union(names(groups["dev"]), names(groups["demo"]))
+    brought |= names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
+    distribution = {"pyro": "pyro-ppl", "sklearn": "scikit-learn"}
+    imported = set()
+    for path in [*(ROOT / "scvae").rglob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add(node.module.split(".")[0])
+    needed = {distribution.get(name, name) for name in imported - set(sys.stdlib_module_names)}
+    assert needed <= brought
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    missing = [
+        link for link in links
+        if "://" not in link and not link.startswith("#") and not (page.parent / link.split("#")[0]).exists()
+    ]  # fmt: skip
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_python_example_parses(page):
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        ast.parse(block)
+
+
+def test_the_readme_names_only_what_the_model_has():
+    text = (ROOT / "README.md").read_text()
+    assert {"embed", "denoise", "generate", "elbo", "log_likelihood", "save"} <= set(
+        re.findall(r"model\.(\w+)\(", text)
+    )
+    for method in re.findall(r"model\.(\w+)\(", text):
+        assert callable(getattr(scvae.Fitted, method)), method
+    for function in re.findall(r"scvae\.((?:\w+\.)*\w+)\(", text):
+        target = scvae
+        for part in function.split("."):
+            target = getattr(target, part)
+        assert callable(target), function
