@@ -104,7 +104,7 @@ def _log_weight(q: Trace, p: Trace) -> Tensor:
 
 def _log_mean_exp(draw: object, n_samples: int) -> Tensor:
     """Log of the mean of the exponential of `n_samples` draws, one at a time."""
-    total = draw()  # type: ignore[operator]
+    total = draw()
     for _ in range(n_samples - 1):
-        total = torch.logaddexp(total, draw())  # type: ignore[operator]
+        total = torch.logaddexp(total, draw())
     return total - math.log(n_samples)

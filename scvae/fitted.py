@@ -7,13 +7,15 @@ import json
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from anndata import AnnData, ImplicitModificationWarning
 from pyro import poutine
@@ -23,13 +25,14 @@ from scipy import sparse
 from torch import Tensor
 
 from scvae import evidence
-from scvae.cells import Batch, Cells, Schema, covariate_matrix
+from scvae.cells import Batch, Cells, Schema, covariate_matrix, device_of, some
 from scvae.programs import PROGRAMS, Program
 from scvae.svi import seeded, unchecked
 
 __all__ = ["Fitted", "load"]
 
 _FORMAT = 1
+_FILES = ("model.json", "weights.safetensors")
 _CHUNK = 1024  # cells at a time
 
 
@@ -58,7 +61,7 @@ class Fitted:
         schema = self.program.schema
         return (
             f"Fitted {self.program.name!r}: {len(schema.genes)} genes, {len(schema.batches)} batch(es), "
-            f"{_describe(self.program.options)}"
+            + ", ".join(f"{key}={value!r}" for key, value in self.program.options.items())
         )
 
     @property
@@ -66,9 +69,7 @@ class Fitted:
         """Where the model computes."""
         return next(self.program.parameters()).device
 
-    def embed(
-        self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error"
-    ) -> np.ndarray:
+    def embed(self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error") -> np.ndarray:
         """Return the posterior mean of each cell's latent vector, ``[n_cells, n_latent]``, float32.
 
         Parameters
@@ -111,48 +112,55 @@ class Fitted:
         batch
             Decode all cells as if they were of this batch; of several, the mean. By default each as of its own.
         genes
-            The genes wanted, in this order; by default all that are modelled.
+            The genes wanted, in this order, or a single one; by default all that are modelled.
         library_size
             What the expression of a cell sums to over all genes of the model: 1 gives fractions, 1e4 counts per ten
             thousand, ``"cell"`` expected counts before dropout, with the cell's own library size.
         n_samples
             Average over draws of the posterior. By default its mean is decoded, without averaging.
         layer_added
-            Write the result to this layer of the AnnData too; genes that are not modelled get NaN.
+            Write the result to this layer of the AnnData too: a dense ``[n_cells, n_vars]``, with NaN for the genes
+            that are not modelled or were not asked for.
         seed
             Of the draws.
         unknown_batch, missing_genes
             As in :meth:`embed`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As :meth:`embed`, and for a batch or gene that the model does not know.
         """
         schema = self.program.schema
-        columns = None if genes is None else torch.tensor(_index(genes, schema.genes, "gene"), device=self.device)
-        codes: list[int | None] = [None]
-        if batch is not None:
-            if schema.batch_key is None:
-                raise ValueError("The model was fitted without batch_key: it cannot decode as of another batch.")
-            codes = list(_index([batch] if isinstance(batch, str) else batch, schema.batches, "batch"))
+        genes = schema.genes if genes is None else [genes] if isinstance(genes, str) else list(genes)
+        columns = torch.tensor(_index(genes, schema.genes, "gene"), dtype=torch.int64, device=self.device)
+        codes = [None] if batch is None else self._batch_codes(batch)
         if isinstance(library_size, str) and library_size != "cell":
             raise ValueError(f"library_size is a number or 'cell', not {library_size!r}.")
+        if n_samples is not None:
+            _check_positive("n_samples", n_samples)
+        if layer_added is not None and adata.isbacked and adata.is_view:
+            raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
 
         def expression(cells: Batch) -> Tensor:
             draws = [self.program.embed(cells)[0]] if n_samples is None else self._posterior(cells, n_samples)
-            total: Tensor | float = 0.0
+            total = torch.zeros(len(cells), len(columns), device=self.device)
             for code in codes:
                 to = cells if code is None else _as_of(cells, code, schema)
                 for z in draws:
-                    rho = self.program.decode(z, to)
-                    total = total + (rho if columns is None else rho[:, columns])
+                    total += self.program.decode(z, to)[:, columns]
             size = self.program.library(cells).unsqueeze(-1) if library_size == "cell" else float(library_size)
             return total / (len(codes) * len(draws)) * size
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
         result = self._each(cells, expression, seed)
         if layer_added is not None:
-            names = list(genes if genes is not None else schema.genes)
             layer = np.full(adata.shape, np.nan, dtype=np.float32)
-            at = adata.var_names.get_indexer(names)
-            layer[:, at[at >= 0]] = result[:, at >= 0]
-            adata.layers[layer_added] = layer
+            place = {name: i for i, name in enumerate(map(str, genes))}
+            at = np.array([place.get(name, -1) for name in adata.var_names.astype(str)])
+            layer[:, at >= 0] = result[:, at[at >= 0]]
+            with _own(adata):
+                adata.layers[layer_added] = layer
         return result
 
     def generate(self, n: int, *, batch: str | None = None, seed: int = 0) -> AnnData:
@@ -161,7 +169,7 @@ class Fitted:
         Parameters
         ----------
         n
-            How many.
+            How many, at least 1.
         batch
             Of which batch; by default each cell's is drawn, all being equally likely, and so are the other categorical
             covariates. Continuous covariates are at their mean.
@@ -171,9 +179,16 @@ class Fitted:
         Returns
         -------
         AnnData
-            Counts in ``.X`` (CSR), covariates in ``.obs``, the latent vectors in ``.obsm[key_added]``.
+            Counts in ``.X`` (CSR) and in the layer that the model reads, if it does; covariates in ``.obs``; the latent
+            vectors in ``.obsm[key_added]``. Cells without a single count may be among them.
+
+        Raises
+        ------
+        ValueError
+            If the model does not know the batch.
         """
         schema, device = self.program.schema, self.device
+        _check_positive("n", n)
         with seeded(seed, device), unchecked(), torch.no_grad():
             codes = torch.stack(
                 [torch.randint(width, (n,), device=device) for width in schema.widths]
@@ -181,7 +196,7 @@ class Fitted:
                 dim=1,
             )[:, : len(schema.widths)]
             if batch is not None:
-                codes[:, 0] = _index([batch], schema.batches, "batch")[0]
+                (codes[:, 0],) = self._batch_codes([batch])
             counts, latents = [], []
             for part in codes.split(_CHUNK):
                 trace = poutine.trace(self.program.model).get_trace(self._blank(part))
@@ -189,12 +204,17 @@ class Fitted:
                 latents.append(trace.nodes["z"]["value"].cpu().numpy())
         adata = AnnData(sparse.vstack(counts, format="csr"), obsm={self.key_added: np.concatenate(latents)})
         adata.var_names = list(schema.genes)
-        for i, (key, names) in enumerate((schema.categories or {}).items()):
-            adata.obs[key] = np.asarray(names)[codes[:, i].cpu().numpy()]
+        if schema.layer is not None:
+            adata.layers[schema.layer] = adata.X
+        for i, (key, names) in enumerate(schema.categories.items()):
+            adata.obs[key] = pd.Categorical.from_codes(codes[:, i].cpu().numpy(), list(names))
+        for key, (mean, _) in schema.continuous.items():
+            adata.obs[key] = mean
         return adata
 
     def elbo(self, adata: AnnData, *, n_samples: int = 1, seed: int = 0) -> np.ndarray:
         """Return the evidence lower bound of each cell, nats, ``[n_cells]``, estimated with `n_samples` draws."""
+        _check_positive("n_samples", n_samples)
         return self._each(self._cells(adata), lambda batch: evidence.elbo(self.program, batch, n_samples), seed)
 
     def log_likelihood(
@@ -217,6 +237,7 @@ class Fitted:
         estimators = {"importance": evidence.importance_weighted, "prior": evidence.prior_monte_carlo}
         if method not in estimators:
             raise ValueError(f"method is one of {', '.join(map(repr, estimators))}, not {method!r}.")
+        _check_positive("n_samples", n_samples)
         estimate = estimators[method]
         return self._each(self._cells(adata), lambda batch: estimate(self.program, batch, n_samples), seed)
 
@@ -226,11 +247,13 @@ class Fitted:
         Raises
         ------
         FileExistsError
-            If the folder exists, unless `overwrite` is set.
+            If `path` exists, unless `overwrite` is set and it is a saved model or an empty folder.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists: pass overwrite=True to replace it.")
+        if path.is_file() or (path.exists() and not {file.name for file in path.iterdir()} <= set(_FILES)):
+            raise FileExistsError(f"{path} holds other things than a saved model: save to another folder.")
         weights = save_tensors({k: v.contiguous().cpu() for k, v in self.program.state_dict().items()})
         content = {
             "version": version("scvae-pyro"),
@@ -240,13 +263,14 @@ class Fitted:
             "history": self.history,
             "key_added": self.key_added,
         }
+        content = json.loads(json.dumps(content, default=np.generic.item))
         header = {"format": _FORMAT, "sha256": {"weights": _digest(weights), "content": _digest(_canonical(content))}}
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete or not at all
             new = Path(folder) / path.name
             new.mkdir()
-            (new / "weights.safetensors").write_bytes(weights)
             (new / "model.json").write_text(json.dumps({**header, "content": content}, indent=1))
+            (new / "weights.safetensors").write_bytes(weights)
             if path.exists():
                 shutil.move(path, Path(folder) / "old")
             shutil.move(new, path)
@@ -256,25 +280,28 @@ class Fitted:
 
     def _each(self, cells: Cells, answer: Callable[[Batch], Tensor], seed: int = 0) -> np.ndarray:
         """Ask something of all cells, chunk by chunk, in order."""
-        parts: np.ndarray | None = None
+        result = np.empty(0)
         with seeded(seed, self.device), unchecked(), torch.no_grad():
             for rows, batch in cells.minibatches(_CHUNK):
                 part = answer(batch).cpu().numpy()
-                if parts is None:
-                    parts = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
-                parts[rows.cpu().numpy()] = part
-        assert parts is not None
-        return parts
+                if not len(result):
+                    result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
+                result[rows.cpu().numpy()] = part
+        return result
 
     def _posterior(self, batch: Batch, n_samples: int) -> list[Tensor]:
-        return [
-            poutine.trace(self.program.guide).get_trace(batch).nodes["z"]["value"] for _ in range(n_samples)
-        ]
+        return [poutine.trace(self.program.guide).get_trace(batch).nodes["z"]["value"] for _ in range(n_samples)]
+
+    def _batch_codes(self, names: str | Sequence[str]) -> list[int]:
+        schema = self.program.schema
+        if schema.batch_key is None:
+            raise ValueError("The model was fitted without batch_key: it knows no batches.")
+        return _index([str(names)] if np.isscalar(names) else names, schema.batches, "batch")
 
     def _blank(self, codes: Tensor) -> Batch:
         """Cells without counts, of given categories, with all else at its mean."""
         schema, n = self.program.schema, len(codes)
-        continuous = torch.zeros(n, len(schema.continuous or {}), device=codes.device)
+        continuous = torch.zeros(n, len(schema.continuous), device=codes.device)
         return Batch(
             None,
             torch.ones(n, device=codes.device),
@@ -285,16 +312,17 @@ class Fitted:
     def _write(self, adata: AnnData, cells: Cells) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
         mean, std = np.split(self._each(cells, lambda batch: torch.cat(self.program.embed(batch), 1)), 2, axis=1)
-        scalars = self._each(
-            cells, lambda batch: torch.stack([*self.program.per_cell(batch).values(), batch.library_size], 1)
-        )
-        names = list(self.program.per_cell(cells.batch(torch.arange(2, device=cells.device))))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ImplicitModificationWarning)  # a view becomes an AnnData of its own
+
+        def scalar(name: str) -> np.ndarray:
+            return self._each(cells, lambda batch: self.program.per_cell(batch)[name])
+
+        names = self.program.per_cell(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
+        scalars = {name: scalar(name) for name in names}
+        with _own(adata):
             adata.obsm[self.key_added] = np.ascontiguousarray(mean)
             adata.obsm[self.key_added + "_std"] = np.ascontiguousarray(std)
-            for i, name in enumerate(names):
-                adata.obs[f"scvae_{name}"] = scalars[:, i]
+            for name, values in scalars.items():
+                adata.obs[f"scvae_{name}"] = values
             adata.uns["scvae"] = {
                 "version": version("scvae-pyro"),
                 "program": self.program.name,
@@ -319,35 +347,38 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     program
         The class, if it is one of your own.
     device
-        Where the model is to compute.
+        Where the model is to compute: ``"cpu"``, ``"cuda"``, …, or ``"auto"``, a GPU if there is one.
 
     Raises
     ------
     FileNotFoundError
         If the folder or a file in it is missing.
     ValueError
-        If the files were cut off or edited, or are of a later format.
+        If the files were cut off or edited, are of another format, or hold another program.
     """
+    where = device_of(device)
     path = Path(path)
-    for name in ("model.json", "weights.safetensors"):
+    for name in _FILES:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.")
     weights = (path / "weights.safetensors").read_bytes()
     try:
         file = json.loads((path / "model.json").read_text())
-        form, content, sha256 = file["format"], file["content"], file["sha256"]
+        form = file["format"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path / 'model.json'} is damaged: it is not the JSON that scvae writes.") from None
     if form != _FORMAT:
         raise ValueError(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}: update scvae.")
-    if sha256["content"] != _digest(_canonical(content)) or sha256["weights"] != _digest(weights):
+    content = file.get("content")
+    if file.get("sha256") != {"weights": _digest(weights), "content": _digest(_canonical(content))}:
         raise ValueError(f"{path} is damaged: its contents are not those that were saved. Save the model anew.")
     kind = program or PROGRAMS.get(content["program"])
-    if kind is None:
+    if kind is None or kind.name != content["program"]:
         raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
-    made = kind(_schema(content["schema"]), **content["options"])
+    with seeded(0, torch.device("cpu")):  # the weights drawn here are replaced
+        made = kind(_schema(content["schema"]), **content["options"])
     made.load_state_dict(load_tensors(weights))
-    return Fitted(made.to(device), content["history"], content["key_added"])
+    return Fitted(made.to(where), content["history"], content["key_added"])
 
 
 def _schema(content: dict[str, Any]) -> Schema:
@@ -362,7 +393,7 @@ def _schema(content: dict[str, Any]) -> Schema:
 
 
 def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
-    """The same cells as if they were of another batch."""
+    """Return the same cells as if they were of another batch."""
     covariates = batch.covariates.clone()
     covariates[:, : len(schema.batches)] = 0
     covariates[:, code] = 1
@@ -371,19 +402,27 @@ def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
 
 def _index(wanted: Sequence[str], names: Sequence[str], what: str) -> list[int]:
     place = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in wanted if name not in place]
+    unknown = [name for name in map(str, wanted) if name not in place]
     if unknown:
-        known = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-        raise ValueError(f"The model knows no {what} {', '.join(map(repr, unknown[:5]))}; it knows {known}.")
-    return [place[name] for name in wanted]
+        raise ValueError(f"The model knows no {what} {some(unknown)}; it knows {some(names)}.")
+    return [place[name] for name in map(str, wanted)]
 
 
-def _describe(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+def _check_positive(what: str, number: int) -> None:
+    if number < 1:
+        raise ValueError(f"{what} is at least 1, not {number}.")
+
+
+@contextmanager
+def _own(adata: AnnData) -> Iterator[None]:
+    """Within the block, a view may become an AnnData of its own without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(content, sort_keys=True).encode()
 
 
 def _digest(content: bytes) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from anndata import AnnData
 
-from scvae.cells import Cells, Schema
+from scvae.cells import Cells, Schema, device_of, some
 from scvae.fitted import Fitted
 from scvae.programs import PROGRAMS, Program
 from scvae.svi import NonFiniteLoss, Training, seeded, train
@@ -51,7 +51,7 @@ def fit(
     batch_key
         Column of ``adata.obs`` whose effect is to be taken out of the latent space.
     categorical_covariate_keys, continuous_covariate_keys
-        Further columns whose effect is to be taken out.
+        Further columns whose effect is to be taken out. Continuous ones are standardised.
     size_factor_key
         Column of ``adata.obs`` with size factors, for ``library="size_factor"``, which it implies.
     mask_var
@@ -64,7 +64,7 @@ def fit(
     max_epochs
         Passes through the cells; by default as many as make a fixed number of steps.
     batch_size
-        Cells in a minibatch.
+        Cells in a minibatch, at least 2.
     device
         ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
     seed
@@ -92,7 +92,7 @@ def fit(
     ValueError
         If the counts or covariates cannot be modelled; the message names the first cells or genes at fault.
     TypeError
-        If an option is not known.
+        If an option is not known, or `adata` is not an AnnData.
     scvae.svi.NonFiniteLoss
         If the loss becomes NaN or infinite. The AnnData is then as it was.
 
@@ -104,9 +104,15 @@ def fit(
     >>> adata.obsm["X_scvae"].shape
     (200, 10)
     """
-    where = _device(device)
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
+    if adata.isbacked and adata.is_view:
+        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+    if adata.n_obs < 2:
+        raise ValueError(f"The AnnData has {adata.n_obs or 'no'} cell: a latent space needs at least two.")
+    where = device_of(device)
     kind = _program(program)
-    training_names = {field.name for field in fields(Training)}
+    training_names = [field.name for field in fields(Training)]
     training = Training(
         max_epochs=max_epochs,
         batch_size=batch_size,
@@ -114,8 +120,7 @@ def fit(
     )
     if size_factor_key is not None:
         options.setdefault("library", "size_factor")
-    if adata.isbacked and adata.is_view:
-        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+    _check_options(kind, {"n_latent": n_latent, **options}, training_names)
     schema = Schema.of(
         adata,
         layer=layer,
@@ -127,13 +132,10 @@ def fit(
         check_counts=check_counts,
     )
     with seeded(seed, where):
-        try:
-            made = kind(schema, n_latent=n_latent, **options)
-        except TypeError as error:
-            raise TypeError(f"{error}. Options of the training are {', '.join(sorted(training_names))}.") from None
+        made = kind(schema, n_latent=n_latent, **options)
         cells = Cells.read(adata, schema, device=where)
-        if len(cells) < 2:
-            raise ValueError("The AnnData has a single cell: a latent space needs at least two.")
+        if unexpressed := cells.unexpressed():
+            warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)
         try:
             history = train(made, cells, training, progress=progress)
@@ -149,17 +151,6 @@ def fit(
     return fitted
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is 'auto', 'cpu' or 'cuda', not {name!r}: others lack double precision.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name!r}, but torch sees no GPU; device='auto' takes one where there is one.")
-    return device
-
-
 def _program(program: str | type[Program]) -> type[Program]:
     if isinstance(program, str):
         if program not in PROGRAMS:
@@ -168,3 +159,15 @@ def _program(program: str | type[Program]) -> type[Program]:
     if not (isinstance(program, type) and issubclass(program, Program)):
         raise TypeError(f"program is a name or a class derived from scvae.programs.Program, not {program!r}.")
     return program
+
+
+def _check_options(kind: type[Program], options: dict[str, Any], training_names: list[str]) -> None:
+    signature = inspect.signature(kind)
+    try:
+        signature.bind(None, **options)
+    except TypeError as error:
+        _, *names = signature.parameters
+        raise TypeError(
+            f"{error}. Options of the program {kind.name!r}: {', '.join(names)}; of the training: "
+            f"{', '.join(training_names)}."
+        ) from None

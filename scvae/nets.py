@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["FullyConnected"]
+__all__ = ["FullyConnected", "WithCovariates"]
 
 
 class FullyConnected(nn.Sequential):
@@ -28,3 +29,16 @@ class FullyConnected(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
         return super().forward(x)
+
+
+class WithCovariates(nn.Module):
+    """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``."""
+
+    def __init__(self, n_in: int, n_covariates: int, n_out: int) -> None:
+        super().__init__()
+        self.main = nn.Linear(n_in, n_out)
+        self.covariates = nn.Linear(n_covariates, n_out, bias=False) if n_covariates else None
+
+    def forward(self, h: Tensor, covariates: Tensor) -> Tensor:  # noqa: D102
+        out = self.main(h)
+        return out if self.covariates is None else torch.addmm(out, covariates, self.covariates.weight.T)

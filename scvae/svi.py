@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scvae.cells import Batch, Cells
+from scvae.cells import Batch, Cells, n_minibatches
 from scvae.evidence import elbo_terms
 from scvae.programs.program import Program
 
@@ -39,7 +39,8 @@ class Training:
     validation_fraction
         Of the cells, held out to measure the ELBO (un-annealed, with weight 1); 0 trains on all of them.
     patience
-        Evaluations without a better validation ELBO after which training stops. There are 50 in a whole training.
+        Evaluations without a better validation ELBO after which training stops. There are at most 50 in a whole
+        training.
     max_norm
         To which the norm of the gradient is clipped.
     """
@@ -57,6 +58,22 @@ class Training:
     n_evaluations = 50
     max_validation_cells = 2048
 
+    def __post_init__(self) -> None:
+        allowed = {
+            "max_epochs, at least 1": self.max_epochs is None or self.max_epochs >= 1,
+            "batch_size, at least 2": self.batch_size >= 2,
+            "learning_rate, above 0": self.learning_rate > 0,
+            "kl_weight, 0 or more": self.kl_weight >= 0,
+            "kl_warmup, from 0 to 1": 0 <= self.kl_warmup <= 1,
+            "validation_fraction, from 0 to below 1": 0 <= self.validation_fraction < 1,
+            "patience, at least 1": self.patience >= 1,
+            "max_norm, above 0": self.max_norm > 0,
+        }
+        for what, is_met in allowed.items():
+            if not is_met:
+                name, bound = what.split(", ")
+                raise ValueError(f"{name} is {bound}, not {getattr(self, name)}.")
+
 
 class NonFiniteLoss(FloatingPointError):
     """The loss was NaN or infinite: at which step, at which site, in which cells (their rows)."""
@@ -69,16 +86,24 @@ class NonFiniteLoss(FloatingPointError):
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch within the block, and leave the caller's random state as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
+        for each in cuda:
+            with torch.cuda.device(each):
+                torch.cuda.manual_seed(seed)
         yield
 
 
 @contextmanager
 def unchecked() -> Iterator[None]:
     """Pyro's and torch's checks of distributions off within the block: what they find, the loss shows too."""
-    with pyro.validation_enabled(False):
-        yield
+    default = torch.distributions.Distribution._validate_args  # which Pyro would set to its own when it restores
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(default)
 
 
 def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> dict[str, list]:
@@ -98,10 +123,10 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
         If the loss is NaN or infinite. The weights are those before that step.
     """
     held_out, rows = _split(cells, training)
-    per_epoch = -(-len(rows) // training.batch_size)
+    per_epoch = n_minibatches(len(rows), training.batch_size)
     epochs = training.max_epochs or max(1, round(training.default_steps / per_epoch))
     n_steps = epochs * per_epoch
-    every = max(1, n_steps // training.n_evaluations)
+    every = -(-n_steps // training.n_evaluations)
     check_every = 1 if cells.device.type == "cpu" else 50
 
     parameters = [p for p in program.parameters() if p.requires_grad]
@@ -176,7 +201,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
 
 def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(cells)).to(cells.device)
-    n = min(round(training.validation_fraction * len(cells)), training.max_validation_cells)
+    n = min(round(training.validation_fraction * len(cells)), training.max_validation_cells, len(cells) - 2)
     return order[:n], order[n:]
 
 

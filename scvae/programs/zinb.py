@@ -32,7 +32,7 @@ from torch.nn.functional import log_softmax, softplus
 
 from scvae.cells import Batch, Cells, Schema
 from scvae.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvae.nets import FullyConnected
+from scvae.nets import FullyConnected, WithCovariates
 from scvae.programs.program import Program
 
 __all__ = ["ZINB"]
@@ -111,12 +111,12 @@ class ZINB(Program):
         self.l_scale = nn.Linear(self.encoder.n_out, 1)
 
         self.decoder = FullyConnected(n_latent + n_covariates, n_hidden, n_layers)
-        n_last = self.decoder.n_out + n_covariates
-        self.rho = nn.Linear(n_last, n_genes)
-        self.pi = nn.Linear(n_last, n_genes) if likelihood == "zinb" else None
+        n_last = self.decoder.n_out
+        self.rho = WithCovariates(n_last, n_covariates, n_genes)
+        self.pi = WithCovariates(n_last, n_covariates, n_genes) if likelihood == "zinb" else None
         self.log_theta: nn.Module | nn.Parameter | None = None
         if likelihood != "poisson" and dispersion == "gene-cell":
-            self.log_theta = nn.Linear(n_last, n_genes)
+            self.log_theta = WithCovariates(n_last, n_covariates, n_genes)
         elif likelihood != "poisson":
             self.log_theta = nn.Parameter(torch.zeros(n_batches if dispersion == "gene-batch" else 1, n_genes))
 
@@ -143,16 +143,16 @@ class ZINB(Program):
         with torch.no_grad():
             overall = _log_fraction(expression.sum(0))
             for layer in (self.rho, self.pi, self.log_theta):
-                if isinstance(layer, nn.Linear):
-                    layer.weight.mul_(_SMALL)
-                    layer.bias.zero_()
-                    layer.weight[:, self.decoder.n_out :] = 0
-            self.rho.bias.copy_(overall)
+                if isinstance(layer, WithCovariates):
+                    layer.main.weight.mul_(_SMALL)
+                    layer.main.bias.zero_()
+                    if layer.covariates is not None:
+                        layer.covariates.weight.zero_()
+            self.rho.main.bias.copy_(overall)
             if self.schema.batch_key is not None:
-                offset = self.decoder.n_out
-                self.rho.weight[:, offset : offset + n_batches] = (_log_fraction(expression) - overall).T
+                self.rho.covariates.weight[:, :n_batches] = (_log_fraction(expression) - overall).T
             if self.pi is not None:
-                self.pi.bias.fill_(_GATE_START)
+                self.pi.main.bias.fill_(_GATE_START)
             nn.init.zeros_(self.l_difference.weight)
             nn.init.zeros_(self.l_difference.bias)
             nn.init.zeros_(self.l_scale.weight)
@@ -193,25 +193,24 @@ class ZINB(Program):
         return loc, softplus(self.l_scale(h).squeeze(-1)) + _MIN_SCALE
 
     def hidden(self, z: Tensor, batch: Batch) -> Tensor:
-        """Return the decoder's last hidden layer beside the covariates, ``[n, n_hidden + n_covariates]``."""
-        h = self.decoder(torch.cat([z, batch.covariates], 1))
-        return torch.cat([h, batch.covariates], 1)
+        """Return the decoder's last hidden layer, ``[n, n_hidden]``."""
+        return self.decoder(torch.cat([z, batch.covariates], 1))
 
     def likelihood_of(self, z: Tensor, l: Tensor, batch: Batch) -> Any:
         """Return ``p(x | z, l, s)``."""
         h = self.hidden(z, batch)
-        log_mean = log_softmax(self.rho(h), -1) + l.log().unsqueeze(-1)  # [n, G]
+        log_mean = log_softmax(self.rho(h, batch.covariates), -1) + l.log().unsqueeze(-1)  # [n, G]
         if self.log_theta is None:
             return Poisson(log_mean=log_mean)
-        if isinstance(self.log_theta, nn.Linear):
-            theta = self.log_theta(h).exp()  # [n, G]
+        if isinstance(self.log_theta, WithCovariates):
+            theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
             theta = self.log_theta[batch.s].exp()  # [n, G]
         else:
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:
             return NegativeBinomial(log_mean=log_mean, inverse_dispersion=theta)
-        return ZeroInflatedNegativeBinomial(log_mean=log_mean, inverse_dispersion=theta, gate_logits=self.pi(h))
+        return ZeroInflatedNegativeBinomial(log_mean=log_mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates))
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""
@@ -219,7 +218,7 @@ class ZINB(Program):
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return ``rho``, ``[n, G]``."""
-        return log_softmax(self.rho(self.hidden(z, batch)), -1).exp()
+        return log_softmax(self.rho(self.hidden(z, batch), batch.covariates), -1).exp()
 
     def library(self, batch: Batch) -> Tensor:
         """Return ``l``, ``[n]``: its posterior mean where it is latent."""
