@@ -48,13 +48,18 @@ class Fitted:
         The generative model and its guide, a ``torch.nn.Module``.
     history
         The course of the training: see :func:`scvae.svi.train`.
+    training
+        How it was trained: the seed, and what :class:`scvae.svi.Training` lists.
     key_added
         Key of ``.obsm`` under which the embedding was written.
     """
 
-    def __init__(self, program: Program, history: dict[str, list], key_added: str = "X_scvae") -> None:
+    def __init__(
+        self, program: Program, history: dict[str, list], training: dict[str, Any], key_added: str = "X_scvae"
+    ) -> None:
         self.program = program.eval()
         self.history = history
+        self.training = training
         self.key_added = key_added
 
     def __repr__(self) -> str:
@@ -261,6 +266,7 @@ class Fitted:
             "options": self.program.options,
             "schema": asdict(self.program.schema),
             "history": self.history,
+            "training": self.training,
             "key_added": self.key_added,
         }
         content = json.loads(json.dumps(content, default=np.generic.item))
@@ -311,23 +317,27 @@ class Fitted:
 
     def _write(self, adata: AnnData, cells: Cells) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
-        mean, std = np.split(self._each(cells, lambda batch: torch.cat(self.program.embed(batch), 1)), 2, axis=1)
+        names = list(self.program.per_cell(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device))))
 
-        def scalar(name: str) -> np.ndarray:
-            return self._each(cells, lambda batch: self.program.per_cell(batch)[name])
+        def columns(batch: Batch) -> Tensor:
+            scalars = [scalar.unsqueeze(1) for scalar in self.program.per_cell(batch).values()]
+            return torch.cat([*self.program.embed(batch), *scalars], 1)
 
-        names = self.program.per_cell(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
-        scalars = {name: scalar(name) for name in names}
+        written = self._each(cells, columns)
+        n_latent = (written.shape[1] - len(names)) // 2
         with _own(adata):
-            adata.obsm[self.key_added] = np.ascontiguousarray(mean)
-            adata.obsm[self.key_added + "_std"] = np.ascontiguousarray(std)
-            for name, values in scalars.items():
-                adata.obs[f"scvae_{name}"] = values
+            adata.obsm[self.key_added] = written[:, :n_latent].copy()
+            adata.obsm[self.key_added + "_std"] = written[:, n_latent : 2 * n_latent].copy()
+            for stale in [column for column in adata.obs if str(column).startswith("scvae_")]:  # of an earlier fit
+                del adata.obs[stale]
+            for i, name in enumerate(names):
+                adata.obs[f"scvae_{name}"] = written[:, 2 * n_latent + i]
             adata.uns["scvae"] = {
                 "version": version("scvae-pyro"),
                 "program": self.program.name,
                 "key_added": self.key_added,
                 "options": {k: v for k, v in self.program.options.items() if v is not None},
+                "training": {k: v for k, v in self.training.items() if v is not None},
                 "schema": {
                     "n_genes": len(self.program.schema.genes),
                     "batches": np.asarray(self.program.schema.batches, dtype=object),
@@ -378,7 +388,7 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     with seeded(0, torch.device("cpu")):  # the weights drawn here are replaced
         made = kind(_schema(content["schema"]), **content["options"])
     made.load_state_dict(load_tensors(weights))
-    return Fitted(made.to(where), content["history"], content["key_added"])
+    return Fitted(made.to(where), content["history"], content["training"], content["key_added"])
 
 
 def _schema(content: dict[str, Any]) -> Schema:

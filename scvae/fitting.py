@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from anndata import AnnData
@@ -146,7 +146,7 @@ def fit(
                 f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
             )
             raise
-    fitted = Fitted(made, history, key_added)
+    fitted = Fitted(made, history, {"seed": seed, **asdict(training)}, key_added)
     fitted._write(adata, cells)
     return fitted
 

@@ -27,11 +27,15 @@ class Training:
     Parameters
     ----------
     max_epochs
-        Passes through the training cells; None takes as many as make :attr:`default_steps`.
+        Passes through the training cells. By default a number of steps decides: four passes, but at least 500 and at
+        most 2,000 steps, and at least one pass.
     batch_size
         Cells in a minibatch, at most.
     learning_rate
         Of Adam, at its peak: it rises over the first tenth of the steps and falls to nothing along a cosine.
+    weight_decay
+        Rate, relative to the learning rate, at which the weights named by :meth:`~scvae.programs.Program.decayed`
+        shrink (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR): a Gaussian prior on them.
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO.
     kl_warmup
@@ -41,33 +45,38 @@ class Training:
     patience
         Evaluations without a better validation ELBO after which training stops. There are at most 50 in a whole
         training.
-    max_norm
-        To which the norm of the gradient is clipped.
     """
 
     max_epochs: int | None = None
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
+    weight_decay: float = 1.0
     kl_weight: float = 1.0
     kl_warmup: float = 0.3
     validation_fraction: float = 0.0
     patience: int = 10
-    max_norm: float = math.inf
 
-    default_steps = 600
+    default_epochs, min_steps, max_steps = 4, 500, 2000
     n_evaluations = 50
     max_validation_cells = 2048
+
+    def epochs(self, per_epoch: int) -> int:
+        """Return how many passes to make, when a pass has `per_epoch` steps."""
+        if self.max_epochs is not None:
+            return self.max_epochs
+        n_steps = min(max(self.default_epochs * per_epoch, self.min_steps), self.max_steps)
+        return max(1, round(n_steps / per_epoch))
 
     def __post_init__(self) -> None:
         allowed = {
             "max_epochs, at least 1": self.max_epochs is None or self.max_epochs >= 1,
             "batch_size, at least 2": self.batch_size >= 2,
             "learning_rate, above 0": self.learning_rate > 0,
+            "weight_decay, 0 or more": self.weight_decay >= 0,
             "kl_weight, 0 or more": self.kl_weight >= 0,
             "kl_warmup, from 0 to 1": 0 <= self.kl_warmup <= 1,
             "validation_fraction, from 0 to below 1": 0 <= self.validation_fraction < 1,
             "patience, at least 1": self.patience >= 1,
-            "max_norm, above 0": self.max_norm > 0,
         }
         for what, is_met in allowed.items():
             if not is_met:
@@ -124,13 +133,19 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     """
     held_out, rows = _split(cells, training)
     per_epoch = n_minibatches(len(rows), training.batch_size)
-    epochs = training.max_epochs or max(1, round(training.default_steps / per_epoch))
-    n_steps = epochs * per_epoch
+    n_steps = per_epoch * training.epochs(per_epoch)
     every = -(-n_steps // training.n_evaluations)
     check_every = 1 if cells.device.type == "cpu" else 50
 
     parameters = [p for p in program.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=training.learning_rate, fused=True)
+    decayed = program.decayed()
+    shrunk = {id(p) for p in decayed}
+    free = [p for p in parameters if id(p) not in shrunk]
+    optimiser = torch.optim.AdamW(
+        [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": training.weight_decay}],
+        lr=training.learning_rate,
+        fused=True,
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, training.learning_rate, total_steps=n_steps + 1, pct_start=0.1, cycle_momentum=False
     )
@@ -156,7 +171,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 loss = weight * divergence - reconstruction
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_norm)
+                norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
                 failed.logical_or_(~torch.isfinite(loss + norm))
                 optimiser.step()
                 schedule.step()
@@ -170,6 +185,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 bar.update()
                 if step % every and step != n_steps:
                     continue
+                validation = _validate(program, cells, held_out) if len(held_out) else None
                 mean_log_likelihood, mean_kl = (sums / (step - (history["step"] or [0])[-1])).tolist()
                 sums.zero_()
                 history["step"].append(step)
@@ -177,8 +193,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 history["log_likelihood"].append(mean_log_likelihood)
                 history["kl"].append(mean_kl)
                 shown = {"elbo": f"{history['elbo'][-1]:.1f}"}
-                if len(held_out):
-                    validation = _validate(program, cells, held_out)
+                if validation is not None:
                     history["validation_elbo"].append(validation)
                     shown["validation"] = f"{validation:.1f}"
                     waited += 1

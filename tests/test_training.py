@@ -87,11 +87,12 @@ def test_history_is_of_at_most_fifty_evaluations_and_ends_with_the_last_step(pro
     assert not program.training
 
 
-def test_by_default_a_fixed_number_of_steps_is_made(program, cells, monkeypatch):
-    monkeypatch.setattr(Training, "default_steps", 20)
-    assert train(program, cells, Training(batch_size=32), progress=False)["step"][-1] == 21
-    monkeypatch.setattr(Training, "default_steps", 1)
-    assert train(program, cells, Training(batch_size=32), progress=False)["step"][-1] == 3
+@pytest.mark.parametrize(
+    ("per_epoch", "epochs"), [(1, 500), (6, 83), (125, 4), (400, 4), (500, 4), (782, 3), (2000, 1), (7813, 1)]
+)
+def test_by_default_a_number_of_steps_decides(per_epoch, epochs):
+    assert Training().epochs(per_epoch) == epochs
+    assert Training(max_epochs=7).epochs(per_epoch) == 7
 
 
 # ---- Early stopping ----------------------------------------------------------------------------------------

@@ -84,9 +84,7 @@ class _LogProb(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, log_mean: Tensor, theta: Tensor | None, gate: Tensor | None, counts: SparseCounts
-    ) -> Tensor:
+    def forward(ctx: Any, log_mean: Tensor, theta: Tensor | None, gate: Tensor | None, counts: SparseCounts) -> Tensor:
         position, x = counts.position, counts.values.double()
         with_gradient = any(ctx.needs_input_grad)
         d_theta = d_gate = x_theta = None
@@ -178,7 +176,9 @@ def _lgamma_digamma(z: Tensor) -> tuple[Tensor, Tensor]:
     i2 = i * i
     lgamma = (w - 0.5) * log_w - w - product.log() + i * (1 / 12 - i2 * (1 / 360 - i2 * (1 / 1260 - i2 / 1680)))
     digamma = (
-        log_w - i / 2 - i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 / 240)))
+        log_w
+        - i / 2
+        - i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 / 240)))
         - (2 * z + 5) * (q * (3 * q + 20) + 24) / product
     )
     return lgamma + _HALF_LOG_2PI, digamma

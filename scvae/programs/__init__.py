@@ -6,4 +6,4 @@ from scvae.programs.zinb import ZINB
 #: The programs that :func:`scvae.fit` knows by name.
 PROGRAMS: dict[str, type[Program]] = {program.name: program for program in (ZINB,)}
 
-__all__ = ["PROGRAMS", "Program", "ZINB"]
+__all__ = ["PROGRAMS", "ZINB", "Program"]

@@ -55,6 +55,10 @@ class Program(nn.Module, ABC):
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the expression that a latent vector stands for, ``[n, G]``, as fractions that sum to one."""
 
+    def decayed(self) -> list[Tensor]:
+        """Return the weights that training shrinks by ``weight_decay``; by default none."""
+        return []
+
     def library(self, batch: Batch) -> Tensor:
         """Return the library size by which the decoded fractions are multiplied, ``[n]``."""
         return batch.library_size

@@ -32,7 +32,7 @@ from torch.nn.functional import log_softmax, softplus
 
 from scvae.cells import Batch, Cells, Schema
 from scvae.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvae.nets import FullyConnected, WithCovariates
+from scvae.nets import Layers, LinearWithCovariates
 from scvae.programs.program import Program
 
 __all__ = ["ZINB"]
@@ -63,9 +63,10 @@ class ZINB(Program):
 
     Notes
     -----
-    The covariates enter the decoder twice: beside ``z``, and beside its last hidden layer, where they amount to an
-    offset of the log expression per batch and gene. The offset starts at the log mean expression of each batch, so
-    that the mixing of batches need not be learnt from nothing.
+    The covariates enter every layer of the decoder. In its last one they amount to an offset of the log expression per
+    batch and gene, which starts at the log mean expression of each batch, so that the mixing of batches need not be
+    learnt from nothing. In training, the weights by which ``z`` acts are shrunk (``weight_decay``) and those of the
+    covariates are not: what a batch explains is then cheaper to put down to the batch than to ``z``.
     """
 
     name = "zinb"
@@ -76,11 +77,11 @@ class ZINB(Program):
         *,
         n_latent: int = 10,
         n_hidden: int = 128,
-        n_layers: int = 1,
+        n_layers: int = 2,
         likelihood: str = "zinb",
         dispersion: str = "gene",
         library: str = "latent",
-        encode_covariates: bool = False,
+        encode_covariates: bool = True,
         dropout_rate: float = 0.0,
     ) -> None:
         super().__init__(
@@ -100,23 +101,21 @@ class ZINB(Program):
         if library == "size_factor" and schema.size_factor_key is None:
             raise ValueError("library='size_factor' needs size_factor_key=…, the column of adata.obs that holds them.")
         self.n_latent, self.dispersion, self.library_kind = n_latent, dispersion, library
-        self.encode_covariates = encode_covariates
         n_genes, n_batches, n_covariates = len(schema.genes), len(schema.batches), schema.n_covariates
 
-        n_in = n_genes + (n_covariates if encode_covariates else 0)
-        self.encoder = FullyConnected(n_in, n_hidden, n_layers, dropout_rate)
+        self.encoder = Layers(n_genes, n_covariates if encode_covariates else 0, n_hidden, n_layers, dropout_rate)
         self.z_loc = nn.Linear(self.encoder.n_out, n_latent)
         self.z_scale = nn.Linear(self.encoder.n_out, n_latent)
         self.l_difference = nn.Linear(self.encoder.n_out, 1)
         self.l_scale = nn.Linear(self.encoder.n_out, 1)
 
-        self.decoder = FullyConnected(n_latent + n_covariates, n_hidden, n_layers)
+        self.decoder = Layers(n_latent, n_covariates, n_hidden, n_layers)
         n_last = self.decoder.n_out
-        self.rho = WithCovariates(n_last, n_covariates, n_genes)
-        self.pi = WithCovariates(n_last, n_covariates, n_genes) if likelihood == "zinb" else None
+        self.rho = LinearWithCovariates(n_last, n_covariates, n_genes)
+        self.pi = LinearWithCovariates(n_last, n_covariates, n_genes) if likelihood == "zinb" else None
         self.log_theta: nn.Module | nn.Parameter | None = None
         if likelihood != "poisson" and dispersion == "gene-cell":
-            self.log_theta = WithCovariates(n_last, n_covariates, n_genes)
+            self.log_theta = LinearWithCovariates(n_last, n_covariates, n_genes)
         elif likelihood != "poisson":
             self.log_theta = nn.Parameter(torch.zeros(n_batches if dispersion == "gene-batch" else 1, n_genes))
 
@@ -143,7 +142,7 @@ class ZINB(Program):
         with torch.no_grad():
             overall = _log_fraction(expression.sum(0))
             for layer in (self.rho, self.pi, self.log_theta):
-                if isinstance(layer, WithCovariates):
+                if isinstance(layer, LinearWithCovariates):
                     layer.main.weight.mul_(_SMALL)
                     layer.main.bias.zero_()
                     if layer.covariates is not None:
@@ -157,6 +156,11 @@ class ZINB(Program):
             nn.init.zeros_(self.l_difference.bias)
             nn.init.zeros_(self.l_scale.weight)
             self.l_scale.bias.fill_(_L_SCALE_START)
+
+    def decayed(self) -> list[Tensor]:
+        """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
+        outputs = [self.rho] if self.pi is None else [self.rho, self.pi]
+        return [*self.decoder.weights(), *(layer.main.weight for layer in outputs)]
 
     def model(self, batch: Batch) -> None:
         """z, l -> rho, pi -> x."""
@@ -180,8 +184,7 @@ class ZINB(Program):
     def encode(self, batch: Batch) -> Tensor:
         """Return the encoder's last hidden layer, ``[n, n_hidden]``."""
         counts = batch.counts
-        x = counts.dense(counts.values.log1p())
-        return self.encoder(torch.cat([x, batch.covariates], 1) if self.encode_covariates else x)
+        return self.encoder(counts.dense(counts.values.log1p()), batch.covariates)
 
     def q_z(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""
@@ -194,7 +197,7 @@ class ZINB(Program):
 
     def hidden(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the decoder's last hidden layer, ``[n, n_hidden]``."""
-        return self.decoder(torch.cat([z, batch.covariates], 1))
+        return self.decoder(z, batch.covariates)
 
     def likelihood_of(self, z: Tensor, l: Tensor, batch: Batch) -> Any:
         """Return ``p(x | z, l, s)``."""
@@ -202,7 +205,7 @@ class ZINB(Program):
         log_mean = log_softmax(self.rho(h, batch.covariates), -1) + l.log().unsqueeze(-1)  # [n, G]
         if self.log_theta is None:
             return Poisson(log_mean=log_mean)
-        if isinstance(self.log_theta, WithCovariates):
+        if isinstance(self.log_theta, LinearWithCovariates):
             theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
             theta = self.log_theta[batch.s].exp()  # [n, G]
@@ -210,7 +213,9 @@ class ZINB(Program):
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:
             return NegativeBinomial(log_mean=log_mean, inverse_dispersion=theta)
-        return ZeroInflatedNegativeBinomial(log_mean=log_mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates))
+        return ZeroInflatedNegativeBinomial(
+            log_mean=log_mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates)
+        )
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""
@@ -242,7 +247,7 @@ _L_SCALE_START = -2.0  # softplus: 13 % of uncertainty in the library size
 
 
 def _log_fraction(totals: Tensor) -> Tensor:
-    """Log of the fraction that each gene has of the total, ``[..., G]``, with one count in all spread over the genes."""
+    """Log of the fraction of each gene in the total, ``[..., G]``, with one more count spread over all genes."""
     totals = totals + 1 / totals.shape[-1]
     return (totals / totals.sum(-1, keepdim=True)).log()
 
