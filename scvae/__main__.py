@@ -268,7 +268,7 @@ def main() -> None:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            app()
+            app(prog_name="scvae")
     except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
         # str(KeyError) is the repr of its message, which would show quotes and escapes
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -18,6 +18,12 @@ from scvae.distributions import Poisson
 from scvae.programs import ZINB, Program
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Sums depend on the number of threads, which neighbour graphs (numba) change for the whole process."""
+    torch.set_num_threads(1)
+
+
 @functools.cache
 def _simulated():
     """80 cells of two batches, with covariates of every kind, and no cell or gene that is empty."""

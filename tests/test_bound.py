@@ -88,9 +88,11 @@ def set_decoder(program):
     for name, parameter in program.named_parameters():
         is_matrix = parameter.dim() == 2
         random = (0.17 if is_matrix else 0.4) * torch.randn(parameter.shape)
-        if name.startswith("decoder") and is_matrix:
-            parameter[:, 0] = torch.linspace(-0.8, 0.8, len(parameter))  # from z
-            parameter[:, 1:] = 1.5  # from the batch: the kinks are at |z| = 1.9 and beyond
+        if name.startswith("decoder.linear") and is_matrix:
+            from_z = torch.linspace(-0.8, 0.8, len(parameter)).unsqueeze(1)
+            parameter.copy_(torch.full_like(parameter, 1.5) if "covariates" in name else from_z)
+        elif name.startswith("decoder.linear"):
+            parameter.zero_()
         elif name.startswith(("rho", "pi")) and is_matrix:
             parameter.copy_(random - random.mean(1, keepdim=True))
         elif name.startswith(("rho", "pi")):
