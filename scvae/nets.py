@@ -45,9 +45,7 @@ class Layers(nn.Module):
     def __init__(self, n_in: int, n_covariates: int, n_hidden: int, n_layers: int, dropout_rate: float = 0.0) -> None:
         super().__init__()
         widths = [n_in] + [n_hidden] * n_layers
-        self.linear = nn.ModuleList(
-            LinearWithCovariates(a, n_covariates, b) for a, b in itertools.pairwise(widths)
-        )
+        self.linear = nn.ModuleList(LinearWithCovariates(a, n_covariates, b) for a, b in itertools.pairwise(widths))
         self.norm = nn.ModuleList(nn.BatchNorm1d(n_hidden, eps=1e-3) for _ in range(n_layers))
         self.dropout = nn.Dropout(dropout_rate)
         self.n_out = widths[-1]

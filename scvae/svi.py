@@ -35,7 +35,9 @@ class Training:
         Of Adam, at its peak: it rises over the first tenth of the steps and falls to nothing along a cosine.
     weight_decay
         Rate, relative to the learning rate, at which the weights named by :meth:`~scvae.programs.Program.decayed`
-        shrink (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR): a Gaussian prior on them.
+        shrink (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR). It stands for a Gaussian prior
+        on them, which counts for less the more cells there are: beyond 1,500 training cells the rate is inversely
+        proportional to their number.
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO.
     kl_warmup
@@ -57,8 +59,13 @@ class Training:
     patience: int = 10
 
     default_epochs, min_steps, max_steps = 4, 500, 2000
+    full_decay_cells = 1500
     n_evaluations = 50
     max_validation_cells = 2048
+
+    def decay(self, n_cells: int) -> float:
+        """Return the rate of the weight decay for so many training cells."""
+        return self.weight_decay * min(1.0, self.full_decay_cells / n_cells)
 
     def epochs(self, per_epoch: int) -> int:
         """Return how many passes to make, when a pass has `per_epoch` steps."""
@@ -142,7 +149,10 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     shrunk = {id(p) for p in decayed}
     free = [p for p in parameters if id(p) not in shrunk]
     optimiser = torch.optim.AdamW(
-        [{"params": free, "weight_decay": 0.0}, {"params": decayed, "weight_decay": training.weight_decay}],
+        [
+            {"params": free, "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": 1000 / len(rows) * training.weight_decay},
+        ],
         lr=training.learning_rate,
         fused=True,
     )

@@ -95,6 +95,34 @@ def test_by_default_a_number_of_steps_decides(per_epoch, epochs):
     assert Training(max_epochs=7).epochs(per_epoch) == 7
 
 
+def test_the_decay_counts_for_less_the_more_cells_there_are():
+    training = Training(weight_decay=0.5)
+    assert training.decay(2) == training.decay(1500) == 0.5
+    assert training.decay(15_000) == pytest.approx(0.05)
+
+
+def test_only_the_weights_that_a_program_names_are_shrunk(cells):
+    program = ZINB(cells.schema, n_latent=2, n_hidden=4)
+    names = {id(p): name for name, p in program.named_parameters()}
+    assert {names[id(p)] for p in program.decayed()} == {
+        *(
+            f"decoder.{layer}.{i}.{end}"
+            for i in range(2)
+            for layer, end in (("linear", "main.weight"), ("norm", "weight"))
+        ),
+        "rho.main.weight",
+        "pi.main.weight",
+    }
+    norms = []
+    for weight_decay in (0.0, 30.0):
+        torch.manual_seed(0)
+        program = ZINB(cells.schema, n_latent=2, n_hidden=4)
+        program.initialise(cells)
+        train(program, cells, Training(max_epochs=20, batch_size=32, weight_decay=weight_decay), progress=False)
+        norms.append(program.rho.main.weight.norm().item())
+    assert norms[1] < 0.5 * norms[0]
+
+
 # ---- Early stopping ----------------------------------------------------------------------------------------
 
 
