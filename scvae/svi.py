@@ -151,7 +151,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     optimiser = torch.optim.AdamW(
         [
             {"params": free, "weight_decay": 0.0},
-            {"params": decayed, "weight_decay": 1000 / len(rows) * training.weight_decay},
+            {"params": decayed, "weight_decay": training.decay(len(rows))},
         ],
         lr=training.learning_rate,
         fused=True,

@@ -2,7 +2,7 @@
 
 FOLDER holds .h5ad files of raw counts with ``obs["split"]``; the cells with ``split == "test"`` are never touched. A
 sixth of the training cells is held out from each fit to measure the importance-weighted likelihood. Embeddings of all
-training cells go to OUTPUT, beside the cells, for ``tests/benchmarks/integration.py``. What it gave is in ``defaults.md``.
+training cells go to OUTPUT, beside the cells, for ``tests/benchmarks/integration.py``. Results: ``defaults.md``.
 """
 
 from __future__ import annotations
