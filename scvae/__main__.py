@@ -130,6 +130,9 @@ def fit(
             show_default=False,
         ),
     ] = None,
+    kl_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of the KL terms; below 1, types lie further apart.")
+    ] = 1.0,
     max_epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
@@ -182,6 +185,7 @@ def fit(
         check_counts=check_counts,
         likelihood=likelihood.value,
         dispersion=dispersion.value,
+        kl_weight=kl_weight,
         **options,
     )
     if model is not None:

@@ -10,9 +10,9 @@ Generative process, for each cell with batch :math:`s` (and any further covariat
 
 :math:`m_s, v_s` are mean and variance of the log library size in batch :math:`s`.
 
-Guide: :math:`q(z, l \mid x) = \mathcal N(z; \mu(x), \sigma(x)^2)\, \mathrm{LogNormal}(l; \log \textstyle\sum_g x_g +
-\delta(x), \tau(x)^2)`. The network answers for the *difference* :math:`\delta` of the library latent from the observed
-total, and :math:`\delta = 0` at the start.
+Guide: :math:`q(z, l \mid x, s) = \mathcal N(z; \mu(x, s), \sigma(x, s)^2)\, \mathrm{LogNormal}(l; \log \textstyle\sum_g
+x_g + \delta(x, s), \tau(x, s)^2)`. The network answers for the *difference* :math:`\delta` of the library latent from
+the observed total, and :math:`\delta = 0` at the start.
 
 References
 ----------
@@ -121,7 +121,6 @@ class ZINB(Program):
 
         self.register_buffer("m", torch.zeros(n_batches))
         self.register_buffer("v", torch.ones(n_batches))
-        self.register_buffer("scale", torch.ones(()))  # median library size
         self.register_buffer("unit", torch.ones(()))  # library size of a cell whose size factor is 1
 
     def initialise(self, cells: Cells) -> None:
@@ -135,7 +134,6 @@ class ZINB(Program):
             self.m[k] = log_l[rows].mean()
             self.v[k] = log_l[rows].var(correction=0).clamp(min=_MIN_VARIANCE)
             expression[k] = cells.gene_totals(rows)
-        self.scale.copy_(cells.library_size.median())
         if cells.size_factor is not None:
             self.unit.copy_(cells.library_size.mean() / cells.size_factor.mean())
 
