@@ -25,9 +25,11 @@ from scipy import sparse
 from torch import Tensor
 
 from scvae import evidence
-from scvae.cells import Batch, Cells, Schema, covariate_matrix, device_of, some
+from scvae.cells import Batch, Cells, Schema
+from scvae.devices import device_of, seeded
+from scvae.evidence import unchecked
 from scvae.programs import PROGRAMS, Program
-from scvae.svi import seeded, unchecked
+from scvae.reading import read_cells, some
 
 __all__ = ["Fitted", "load"]
 
@@ -195,11 +197,9 @@ class Fitted:
         schema, device = self.program.schema, self.device
         _check_positive("n", n)
         with seeded(seed, device), unchecked(), torch.no_grad():
-            codes = torch.stack(
-                [torch.randint(width, (n,), device=device) for width in schema.widths]
-                or [torch.empty(n, dtype=torch.int64, device=device)],
-                dim=1,
-            )[:, : len(schema.widths)]
+            codes = torch.empty(n, len(schema.widths), dtype=torch.int64, device=device)
+            for i, width in enumerate(schema.widths):
+                codes[:, i] = torch.randint(width, (n,), device=device)
             if batch is not None:
                 (codes[:, 0],) = self._batch_codes([batch])
             counts, latents = [], []
@@ -282,7 +282,7 @@ class Fitted:
             shutil.move(new, path)
 
     def _cells(self, adata: AnnData, **how: str) -> Cells:
-        return Cells.read(adata, self.program.schema, device=self.device, **how)
+        return read_cells(adata, self.program.schema, device=self.device, **how)
 
     def _each(self, cells: Cells, answer: Callable[[Batch], Tensor], seed: int = 0) -> np.ndarray:
         """Ask something of all cells, chunk by chunk, in order."""
@@ -311,8 +311,8 @@ class Fitted:
         return Batch(
             None,
             torch.ones(n, device=codes.device),
-            codes[:, 0] if schema.batch_key is not None else torch.zeros(n, dtype=torch.int64, device=codes.device),
-            covariate_matrix(codes, continuous, schema.widths),
+            schema.batch_of(codes),
+            schema.covariates(codes, continuous),
         )
 
     def _write(self, adata: AnnData, cells: Cells) -> None:

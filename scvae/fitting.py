@@ -10,10 +10,11 @@ from typing import Any
 
 from anndata import AnnData
 
-from scvae.cells import Cells, Schema, device_of, some
+from scvae.devices import device_of, seeded
 from scvae.fitted import Fitted
 from scvae.programs import PROGRAMS, Program
-from scvae.svi import NonFiniteLoss, Training, seeded, train
+from scvae.reading import read_cells, read_schema, some
+from scvae.svi import NonFiniteLoss, Training, train
 
 __all__ = ["fit"]
 
@@ -122,7 +123,7 @@ def fit(
     if size_factor_key is not None:
         options.setdefault("library", "size_factor")
     _check_options(kind, {"n_latent": n_latent, **options}, training_names)
-    schema = Schema.of(
+    schema = read_schema(
         adata,
         layer=layer,
         batch_key=batch_key,
@@ -134,7 +135,7 @@ def fit(
     )
     with seeded(seed, where):
         made = kind(schema, n_latent=n_latent, **options)
-        cells = Cells.read(adata, schema, device=where)
+        cells = read_cells(adata, schema, device=where)
         if unexpressed := cells.unexpressed():
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)

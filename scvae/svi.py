@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pyro
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from scvae.cells import Batch, Cells, n_minibatches
-from scvae.evidence import elbo_terms
+from scvae.devices import seeded
+from scvae.evidence import elbo_terms, unchecked
 from scvae.programs.program import Program
 
-__all__ = ["NonFiniteLoss", "Training", "seeded", "train"]
+__all__ = ["NonFiniteLoss", "Training", "train"]
 
 
 @dataclass(frozen=True)
@@ -98,29 +97,6 @@ class NonFiniteLoss(FloatingPointError):
     def __init__(self, step: int, site: str, rows: list[int]) -> None:
         super().__init__(f"The loss is not finite at step {step}, site {site!r}, in the cells {rows[:5]}.")
         self.step, self.site, self.rows = step, site, rows
-
-
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch within the block, and leave the caller's random state as it was."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every other device too
-        for each in cuda:
-            with torch.cuda.device(each):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Pyro's and torch's checks of distributions off within the block: what they find, the loss shows too."""
-    default = torch.distributions.Distribution._validate_args  # which Pyro would set to its own when it restores
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(default)
 
 
 def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> dict[str, list]:

@@ -11,16 +11,18 @@ from anndata import read_h5ad
 
 import scvae
 from scvae import evidence, svi
-from scvae.cells import Cells, Schema
+from scvae.cells import Cells
+from scvae.devices import seeded
 from scvae.programs import ZINB
-from scvae.svi import Training, seeded, train
+from scvae.reading import read_cells, read_schema
+from scvae.svi import Training, train
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture
 def cells(adata):
-    return Cells.read(adata, Schema.of(adata, batch_key="batch"))
+    return read_cells(adata, read_schema(adata, batch_key="batch"))
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import scvae
-from scvae.cells import Cells, Schema
 from scvae.programs import ZINB
+from scvae.reading import read_cells, read_schema
 
 LIKELIHOODS = ("zinb", "nb", "poisson")
 DISPERSIONS = ("gene", "gene-batch", "gene-cell")
@@ -77,7 +77,7 @@ def test_dropout_is_off_when_cells_are_embedded(adata, fit):
 
 
 def test_the_prior_of_the_library_is_that_of_each_batch(adata):
-    cells = Cells.read(adata, Schema.of(adata, batch_key="batch"))
+    cells = read_cells(adata, read_schema(adata, batch_key="batch"))
     program = ZINB(cells.schema)
     program.initialise(cells)
     log_totals = np.log(adata.X.sum(1).A1)
@@ -94,7 +94,7 @@ def test_cells_that_all_have_the_same_total_are_fitted(adata, fit):
 
 
 def test_the_library_latent_starts_at_the_observed_total(adata):
-    cells = Cells.read(adata, Schema.of(adata))
+    cells = read_cells(adata, read_schema(adata))
     program = ZINB(cells.schema).eval()
     program.initialise(cells)
     with torch.no_grad():

@@ -128,7 +128,7 @@ class ZINB(Program):
         n_batches = len(self.schema.batches)
         log_l = cells.library_size.log()
         expression = torch.empty(n_batches, cells.n_genes, device=cells.device)
-        s = cells.codes[:, 0] if self.schema.batch_key is not None else torch.zeros_like(log_l, dtype=torch.int64)
+        s = self.schema.batch_of(cells.codes)
         for k in range(n_batches):
             rows = (s == k).nonzero().squeeze(-1)
             self.m[k] = log_l[rows].mean()
