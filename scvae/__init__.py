@@ -5,11 +5,29 @@
 >>> model = scvae.fit(adata, batch_key="batch", max_epochs=2, progress=False)  # writes adata.obsm["X_scvae"]
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from scvae import datasets
-from scvae.fitted import Fitted, load
-from scvae.fitting import fit
+if TYPE_CHECKING:
+    from scvae import datasets
+    from scvae.fitted import Fitted, load
+    from scvae.fitting import fit
 
 __version__ = version("scvae-pyro")
 __all__ = ["Fitted", "datasets", "fit", "load"]
+
+_HOME = {"Fitted": "scvae.fitted", "fit": "scvae.fitting", "load": "scvae.fitted"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: torch and Pyro take seconds (PEP 562)."""
+    if name == "datasets":
+        return import_module("scvae.datasets")
+    if name not in _HOME:
+        raise AttributeError(f"module 'scvae' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -147,18 +147,18 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     stopped = "finished"
 
     bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
+    program.train()
     with unchecked(), bar:
         try:
             step = 0
             for chosen, batch in _forever(cells, training.batch_size, rows):
                 weight = training.kl_weight * min(1.0, (step + 1) / max(1.0, training.kl_warmup * n_steps))
-                program.train()
                 log_likelihood, kl = elbo_terms(program, batch)
                 reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
                 loss = weight * divergence - reconstruction
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-                norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
                 failed.logical_or_(~torch.isfinite(loss + norm))
                 optimiser.step()
                 schedule.step()
@@ -221,6 +221,7 @@ def _validate(program: Program, cells: Cells, rows: Tensor) -> float:
         for _, batch in cells.minibatches(1024, rows):
             log_likelihood, kl = elbo_terms(program, batch)
             total += (sum(log_likelihood.values()) - sum(kl.values())).sum()
+    program.train()
     return float(total) / len(rows)
 
 

@@ -57,6 +57,20 @@ def model(fit):
     return fit(_simulated().copy(), batch_key="batch")
 
 
+@pytest.fixture
+def model_of_all_covariates(adata, fit):
+    """A model of the layer of counts with every kind of covariate."""
+    return fit(
+        adata,
+        batch_key="batch",
+        categorical_covariate_keys=["donor"],
+        continuous_covariate_keys=["age"],
+        layer="counts",
+        key_added="X_here",
+        n_layers=2,
+    )
+
+
 class PoissonFactors(Program):
     """A program of a user's own: Poisson counts, a linear decoder, no batches."""
 

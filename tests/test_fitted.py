@@ -127,19 +127,12 @@ def test_generated_cells_have_the_library_sizes_of_their_batch(adata, fit):
     assert deep > 1.5 * shallow
 
 
-def test_generated_cells_can_be_embedded(adata, fit):
-    model = fit(
-        adata,
-        batch_key="batch",
-        categorical_covariate_keys=["donor"],
-        continuous_covariate_keys=["age"],
-        layer="counts",
-    )
-    new = model.generate(50)
+def test_generated_cells_can_be_embedded(adata, model_of_all_covariates):
+    new = model_of_all_covariates.generate(50)
     assert set(new.obs["donor"]) == {"ada", "bob", "eve"}
     assert np.allclose(new.obs["age"], adata.obs["age"].mean())
     new = new[new.X.sum(1).A1 > 0].copy()
-    assert np.isfinite(model.embed(new)).all()
+    assert np.isfinite(model_of_all_covariates.embed(new)).all()
 
 
 def test_a_model_without_covariates_generates_cells(adata, fit):

@@ -22,9 +22,17 @@ def names(requirements):
 
 def test_import_leaves_alone_what_only_plots_scores_downloads_or_serves_the_command_line():
     optional = ("scanpy", "matplotlib", "sklearn", "typer", "pooch", "igraph", "leidenalg", "umap")
-    code = f"import sys, scvae; print(*[name for name in {optional} if name in sys.modules])"
+    code = f"import sys, scvae; scvae.fit; print(*[name for name in {optional} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_import_waits_for_torch_until_something_is_asked_for():
+    code = "import sys, scvae; print('torch' in sys.modules, *dir(scvae), hasattr(scvae, 'no_such_name'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("False")
+    assert done.stdout.rstrip().endswith("False")
+    assert set(scvae.__all__) <= set(done.stdout.split())
 
 
 def test_the_version_is_that_of_the_project():

@@ -150,16 +150,8 @@ def test_cells_beyond_one_chunk_keep_their_order(adata, model):
 # ---- Saved and loaded --------------------------------------------------------------------------------------
 
 
-def test_a_model_that_was_saved_and_loaded_answers_the_same(adata, fit, tmp_path):
-    model = fit(
-        adata,
-        batch_key="batch",
-        categorical_covariate_keys=["donor"],
-        continuous_covariate_keys=["age"],
-        layer="counts",
-        key_added="X_here",
-        n_layers=2,
-    )
+def test_a_model_that_was_saved_and_loaded_answers_the_same(adata, model_of_all_covariates, tmp_path):
+    model = model_of_all_covariates
     model.save(tmp_path / "deep" / "model")
     loaded = scvae.load(tmp_path / "deep" / "model")
     assert_equal(answers(loaded, adata), answers(model, adata))
