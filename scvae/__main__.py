@@ -133,6 +133,9 @@ def fit(
     kl_weight: Annotated[
         float, typer.Option(min=0, help="Weight of the KL terms; below 1, types lie further apart.")
     ] = 1.0,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="How strongly the decoder's weights are held back; lower mixes batches more.")
+    ] = 1.0,
     max_epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
@@ -186,6 +189,7 @@ def fit(
         likelihood=likelihood.value,
         dispersion=dispersion.value,
         kl_weight=kl_weight,
+        weight_decay=weight_decay,
         **options,
     )
     if model is not None:
