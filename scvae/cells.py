@@ -142,19 +142,30 @@ class Cells:
     def __len__(self) -> int:
         return self.n_cells
 
-    def batch(self, rows: Tensor, n_nonzero: int | None = None) -> Batch:
-        """Select cells by index, ``[n]``; giving the number of their non-zeros spares a wait for the device."""
+    def batch(self, rows: Tensor, n_nonzero: int | None = None, padded: bool = False) -> Batch:
+        """Select cells by index, ``[n]``.
+
+        Giving the number of their non-zeros spares a wait for the device. With `padded` it may be larger than that:
+        what is too many repeats the last non-zero and counts for nothing, so that batches can have the same shapes.
+        """
+        n = len(rows)
         start = self.offsets[rows]
         length = self.offsets[rows + 1] - start
-        end = length.cumsum(0)
+        shift = start - length.cumsum(0) + length  # from the place of a non-zero in the batch to its place in all cells
+        if padded:
+            length = torch.cat([length, n_nonzero - length.sum(0, keepdim=True)])
+            shift = torch.cat([shift, shift[-1:]])
         cell = torch.repeat_interleave(length, output_size=n_nonzero)
-        within = torch.arange(len(cell), device=self.device) - (end - length)[cell]
-        entry = start[cell] + within
+        entry = shift[cell] + torch.arange(len(cell), device=self.device)
+        if padded:
+            entry = torch.where(cell < n, entry, self.offsets[rows[-1] + 1] - 1)
         counts = SparseCounts(
             _take(self.values, entry),
-            cell * self.n_genes + _take(self.genes, entry),
-            (len(rows), self.n_genes),
+            cell,
+            _take(self.genes, entry).long(),
+            (n, self.n_genes),
             self.log_factorial[rows],
+            padded,
         )
         return Batch(
             counts,
@@ -164,18 +175,16 @@ class Cells:
             None if self.size_factor is None else self.size_factor[rows],
         )
 
-    def minibatches(
-        self, size: int, rows: Tensor | None = None, shuffle: bool = False
-    ) -> Iterator[tuple[Tensor, Batch]]:
-        """Go once through the cells (or through `rows`), in order or shuffled.
+    def parts(self, size: int, rows: Tensor | None = None, shuffle: bool = False) -> Iterator[tuple[Tensor, int]]:
+        """Go once through the cells (or through `rows`), in order or shuffled, in parts of at most `size`.
 
-        The minibatches are as even as can be, so that none is a small leftover: their sizes differ by one at most.
-        None is larger than `size`, unless a cell would be left alone.
+        The parts are as even as can be, so that none is a small leftover: their sizes differ by one at most, the larger
+        ones first. None is larger than `size`, unless a cell would be left alone.
 
         Yields
         ------
-        rows, batch
-            The index of the cells, ``[n]``, and the cells.
+        rows, n_nonzero
+            The index of the cells, ``[n]``, and the number of their non-zeros.
         """
         if rows is None:
             rows = torch.arange(self.n_cells, device=self.device)
@@ -185,8 +194,14 @@ class Cells:
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         ends = torch.tensor([len(part) for part in parts], device=self.device).cumsum(0)
         n_nonzero = torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
-        for part, n in zip(parts, n_nonzero, strict=True):
-            yield part, self.batch(part, n)
+        yield from zip(parts, n_nonzero, strict=True)
+
+    def minibatches(
+        self, size: int, rows: Tensor | None = None, shuffle: bool = False
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """Go through the cells as :meth:`parts` does, and yield the index of the cells of each, and the cells."""
+        for part, n_nonzero in self.parts(size, rows, shuffle):
+            yield part, self.batch(part, n_nonzero)
 
     def _log_factorial(self) -> Tensor:
         """Sum over genes of the log factorial of the counts, ``[n_cells]``: a constant of the data."""
@@ -202,7 +217,7 @@ class Cells:
         total = torch.zeros(self.n_genes, dtype=torch.float64, device=self.device)
         for part in rows.split(4096):
             counts = self.batch(part).counts
-            total.index_add_(0, counts.position % self.n_genes, counts.values.double())
+            total.index_add_(0, counts.gene, counts.values.double())
         return total.float()
 
     def unexpressed(self) -> list[str]:

@@ -3,28 +3,77 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import embedding_bag, silu
 
-__all__ = ["Layers", "LinearWithCovariates"]
+from scvae.distributions import SparseCounts
+
+__all__ = ["Layers", "LinearWithCovariates", "SparseLinear"]
+
+
+class SparseLinear(nn.Module):
+    """A linear layer of a sparse input, :class:`~scvae.distributions.SparseCounts`; ``[n, n_in]`` to ``[n, n_out]``.
+
+    On a CPU it costs in proportion to the non-zeros, forward and backward.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(n_in)  # as torch.nn.Linear
+        self.weight = nn.Parameter(torch.empty(n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
+
+    def forward(self, x: SparseCounts) -> Tensor:  # noqa: D102
+        if self.weight.is_cuda:
+            return torch.addmm(self.bias, x.dense(), self.weight)
+        return _SparseProduct.apply(self.weight, x) + self.bias
+
+
+class _SparseProduct(torch.autograd.Function):
+    """``x @ weight`` as a sum of the weights' rows, and ``x.T @ grad`` as a sum of the gradient's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: SparseCounts) -> Tensor:
+        ctx.x = x
+        return _weighted_sums(weight, x.gene, x.offsets, x.values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x = ctx.x
+        rows = sparse.csr_matrix((x.values.numpy(), x.gene.numpy(), x.offsets.numpy()), shape=x.shape)
+        columns = rows.tocsc()
+        cell, offsets, values = map(torch.from_numpy, (columns.indices, columns.indptr, columns.data))
+        return _weighted_sums(grad.contiguous(), cell, offsets, values), None
+
+
+def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """Sums of weighted rows, one between each two offsets."""
+    return embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
-    The covariates have weights of their own, which training leaves free where it shrinks the others.
+    The covariates have weights of their own, which training leaves free where it shrinks the others. With
+    `sparse_input` the input is :class:`~scvae.distributions.SparseCounts`.
     """
 
-    def __init__(self, n_in: int, n_covariates: int, n_out: int) -> None:
+    def __init__(self, n_in: int, n_covariates: int, n_out: int, sparse_input: bool = False) -> None:
         super().__init__()
-        self.main = nn.Linear(n_in, n_out)
-        self.covariates = nn.Linear(n_covariates, n_out, bias=False) if n_covariates else None
+        self.main = (SparseLinear if sparse_input else nn.Linear)(n_in, n_out)
+        bound = 1 / math.sqrt(max(1, n_covariates))
+        weight = torch.empty(n_covariates, n_out).uniform_(-bound, bound)
+        self.covariates = nn.Parameter(weight) if n_covariates else None
 
-    def forward(self, x: Tensor, covariates: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor | SparseCounts, covariates: Tensor) -> Tensor:  # noqa: D102
         out = self.main(x)
-        return out if self.covariates is None else torch.addmm(out, covariates, self.covariates.weight.T)
+        return out if self.covariates is None else out.addmm_(covariates, self.covariates)
 
 
 class Layers(nn.Module):
@@ -40,21 +89,36 @@ class Layers(nn.Module):
         Width and number of the layers; without a layer the input is handed through.
     dropout_rate
         Fraction of the hidden units that is dropped in training.
+    sparse_input
+        Whether the input is :class:`~scvae.distributions.SparseCounts`.
     """
 
-    def __init__(self, n_in: int, n_covariates: int, n_hidden: int, n_layers: int, dropout_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        n_in: int,
+        n_covariates: int,
+        n_hidden: int,
+        n_layers: int,
+        dropout_rate: float = 0.0,
+        sparse_input: bool = False,
+    ) -> None:
         super().__init__()
         widths = [n_in] + [n_hidden] * n_layers
-        self.linear = nn.ModuleList(LinearWithCovariates(a, n_covariates, b) for a, b in itertools.pairwise(widths))
+        self.linear = nn.ModuleList(
+            LinearWithCovariates(a, n_covariates, b, sparse_input and not i)
+            for i, (a, b) in enumerate(itertools.pairwise(widths))
+        )
         self.norm = nn.ModuleList(nn.BatchNorm1d(n_hidden, eps=1e-3) for _ in range(n_layers))
         self.dropout = nn.Dropout(dropout_rate)
         self.n_out = widths[-1]
 
-    def forward(self, x: Tensor, covariates: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Any, covariates: Tensor) -> Tensor:  # noqa: D102
+        if isinstance(x, SparseCounts) and not self.linear:
+            return x.dense()
         for linear, norm in zip(self.linear, self.norm, strict=True):
             x = self.dropout(silu(norm(linear(x, covariates))))
         return x
 
     def weights(self) -> list[Tensor]:
         """Return the weights by which the input acts: those of the covariates, and the biases, are left out."""
-        return [p for name, p in self.named_parameters() if name.endswith("weight") and ".covariates." not in name]
+        return [p for name, p in self.named_parameters() if name.endswith("weight")]

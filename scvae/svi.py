@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from scvae.cells import Batch, Cells, n_minibatches
+from scvae.cells import Cells, n_minibatches
 from scvae.devices import seeded
 from scvae.evidence import elbo_terms, unchecked
 from scvae.programs.program import Program
+from scvae.steps import CudaGraphs, Step
 
 __all__ = ["NonFiniteLoss", "Training", "train"]
 
@@ -74,6 +76,18 @@ class Training:
         n_steps = min(max(self.default_epochs * per_epoch, self.min_steps), self.max_steps)
         return max(1, round(n_steps / per_epoch))
 
+    def learning_rates(self, n_steps: int) -> Tensor:
+        """Return the learning rate at each step, ``[n_steps]``: up along a cosine for a tenth of them, then down."""
+        t = torch.arange(n_steps, dtype=torch.float64) / n_steps
+        rise, fall = (t / 0.1).clamp(max=1), ((t - 0.1) / 0.9).clamp(min=0)
+        rise, fall = (1 - torch.cos(torch.pi * rise)) / 2, (1 + torch.cos(torch.pi * fall)) / 2
+        return (self.learning_rate * (0.04 + 0.96 * rise) * fall).float()
+
+    def kl_weights(self, n_steps: int) -> Tensor:
+        """Return the weight of the KL terms at each step, ``[n_steps]``."""
+        t = torch.arange(1, n_steps + 1, dtype=torch.float64) / max(1.0, self.kl_warmup * n_steps)
+        return (self.kl_weight * t.clamp(max=1)).float()
+
     def __post_init__(self) -> None:
         allowed = {
             "max_epochs, at least 1": self.max_epochs is None or self.max_epochs >= 1,
@@ -113,69 +127,41 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     Raises
     ------
     NonFiniteLoss
-        If the loss is NaN or infinite. The weights are those before that step.
+        If the loss is NaN or infinite; the weights are then of no use.
     """
     held_out, rows = _split(cells, training)
     per_epoch = n_minibatches(len(rows), training.batch_size)
     n_steps = per_epoch * training.epochs(per_epoch)
     every = -(-n_steps // training.n_evaluations)
-    check_every = 1 if cells.device.type == "cpu" else 50
+    check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
-    parameters = [p for p in program.parameters() if p.requires_grad]
-    decayed = program.decayed()
-    shrunk = {id(p) for p in decayed}
-    free = [p for p in parameters if id(p) not in shrunk]
-    optimiser = torch.optim.AdamW(
-        [
-            {"params": free, "weight_decay": 0.0},
-            {"params": decayed, "weight_decay": training.decay(len(rows))},
-        ],
-        lr=training.learning_rate,
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, training.learning_rate, total_steps=n_steps + 1, pct_start=0.1, cycle_momentum=False
-    )
-    failed = torch.zeros((), device=cells.device)
-    optimiser.found_inf = failed  # type: ignore[attr-defined]  # a fused Adam skips its step where this is 1
+    capture = CudaGraphs() if cells.device.type == "cuda" and cells.values.is_cuda else None
+    decay = training.decay(len(rows))
+    step = Step(program, cells, decay, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
+    recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
     history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
     if len(held_out):
         history["validation_elbo"] = []
     best, best_state, waited = -math.inf, None, 0
-    sums = torch.zeros(2, device=cells.device)
-    window: list[tuple[Tensor, dict[str, Tensor]]] = []
     stopped = "finished"
 
     bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
     program.train()
     with unchecked(), bar:
         try:
-            step = 0
-            for chosen, batch in _forever(cells, training.batch_size, rows):
-                weight = training.kl_weight * min(1.0, (step + 1) / max(1.0, training.kl_warmup * n_steps))
-                log_likelihood, kl = elbo_terms(program, batch)
-                reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
-                loss = weight * divergence - reconstruction
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-                failed.logical_or_(~torch.isfinite(loss + norm))
-                optimiser.step()
-                schedule.step()
-                step += 1
-                sums += torch.stack([reconstruction, divergence]).detach()
-                window.append((chosen, {k: v.detach() for k, v in {**log_likelihood, **kl}.items()}))
-                if len(window) == check_every or step == n_steps:
-                    if failed:
-                        raise _fault(window, step)
-                    window.clear()
+            for part, n_nonzero in _forever(cells, training.batch_size, rows):
+                step(part, n_nonzero)
+                recent.append(part)
                 bar.update()
-                if step % every and step != n_steps:
+                evaluate = step.taken % every == 0 or step.taken == n_steps
+                if (evaluate or step.taken % check_every == 0) and not step.finite:
+                    raise _fault(step, recent)
+                if not evaluate:
                     continue
                 validation = _validate(program, cells, held_out) if len(held_out) else None
-                mean_log_likelihood, mean_kl = (sums / (step - (history["step"] or [0])[-1])).tolist()
-                sums.zero_()
-                history["step"].append(step)
+                mean_log_likelihood, mean_kl = (step.sums / (step.taken - (history["step"] or [0])[-1])).tolist()
+                step.sums.zero_()
+                history["step"].append(step.taken)
                 history["elbo"].append(mean_log_likelihood - mean_kl)
                 history["log_likelihood"].append(mean_log_likelihood)
                 history["kl"].append(mean_kl)
@@ -187,15 +173,17 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                     if validation > best:
                         best, best_state, waited = validation, copy.deepcopy(program.state_dict()), 0
                 bar.set_postfix(shown)
-                if step == n_steps:
+                if step.taken == n_steps:
                     break
-                if waited >= training.patience and step > training.kl_warmup * n_steps:
+                if waited >= training.patience and step.taken > training.kl_warmup * n_steps:
                     stopped = "early"
                     break
         except KeyboardInterrupt:
             stopped = "interrupted"
     if best_state is not None:
         program.load_state_dict(best_state)
+    if not all(parameter.isfinite().all() for parameter in step.parameters):
+        raise _fault(step, recent)
     program.eval()
     history["stopped"] = [stopped]
     return history
@@ -207,9 +195,9 @@ def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
     return order[:n], order[n:]
 
 
-def _forever(cells: Cells, size: int, rows: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+def _forever(cells: Cells, size: int, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
     while True:
-        yield from cells.minibatches(size, rows, shuffle=True)
+        yield from cells.parts(size, rows, shuffle=True)
 
 
 @torch.no_grad()
@@ -225,11 +213,21 @@ def _validate(program: Program, cells: Cells, rows: Tensor) -> float:
     return float(total) / len(rows)
 
 
-def _fault(window: list[tuple[Tensor, dict[str, Tensor]]], step: int) -> NonFiniteLoss:
-    """Say where a loss first was not finite."""
-    for i, (rows, terms) in enumerate(window):
-        for site, term in terms.items():
-            wrong = ~torch.isfinite(term)
-            if wrong.any():
-                return NonFiniteLoss(step - len(window) + i + 1, site, rows[wrong].tolist())
-    return NonFiniteLoss(step, "gradient", window[0][0].tolist())
+def _fault(step: Step, recent: Sequence[Tensor]) -> NonFiniteLoss:
+    """Say where the loss first was not finite, given the cells of the last steps.
+
+    Where a whole minibatch is at fault, the weights were not finite any more: the gradient of the step before spoilt
+    them.
+    """
+    if step.finite:
+        return NonFiniteLoss(step.taken, "gradient", recent[-1].tolist())
+    number = int(step.seen)
+    before = step.taken - number  # steps since
+    rows = recent[-1 - before]
+    for site, term in step.terms.items():
+        wrong = ~torch.isfinite(term[: len(rows)])
+        if wrong.all() and before + 1 < len(recent):
+            return NonFiniteLoss(number - 1, "gradient", recent[-2 - before].tolist())
+        if wrong.any():
+            return NonFiniteLoss(number, site, rows[wrong].tolist())
+    return NonFiniteLoss(number, "gradient", rows.tolist())

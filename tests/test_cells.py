@@ -10,6 +10,8 @@ from scipy import sparse, special
 
 import scvae.cells
 from scvae.cells import Cells, Schema, n_minibatches
+from scvae.evidence import elbo
+from scvae.programs import ZINB
 from scvae.reading import read_cells, read_schema
 
 # ---- Minibatches -------------------------------------------------------------------------------------------
@@ -66,6 +68,32 @@ def test_a_minibatch_is_what_its_cells_are_in_the_anndata(adata):
     assert np.allclose(batch.covariates[:, 5], age, atol=1e-6)
     assert np.allclose(batch.size_factor, here.obs["size"])
     assert len(batch) == 4
+
+
+@pytest.mark.parametrize("surplus", [0, 1, 57])
+def test_padding_counts_for_nothing(adata, surplus):
+    schema = read_schema(adata, batch_key="batch")
+    cells = read_cells(adata, schema)
+    rows = torch.tensor([5, 2, 79, 40])
+    plain = cells.batch(rows)
+    n_nonzero = len(plain.counts.values) + surplus
+    padded = cells.batch(rows, n_nonzero, padded=True)
+    assert len(padded.counts.values) == n_nonzero
+    assert torch.equal(padded.counts.dense(), plain.counts.dense())
+    assert torch.equal(padded.counts.offsets, plain.counts.offsets)
+    assert torch.equal(padded.library_size, plain.library_size)
+    program = ZINB(schema, n_hidden=8)
+    program.initialise(cells)
+    answers = []
+    for batch in (plain, padded):
+        program.zero_grad()
+        torch.manual_seed(0)
+        bound = elbo(program, batch)
+        bound.sum().backward()
+        gradients = {name: p.grad for name, p in program.named_parameters() if p.grad is not None}
+        answers.append({"bound": bound.detach(), **gradients})
+    for name, value in answers[0].items():
+        assert torch.equal(answers[1][name], value), name
 
 
 def test_totals_of_genes_are_the_sums_of_columns(adata):

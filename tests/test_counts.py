@@ -404,13 +404,13 @@ def test_sparse_counts_keep_every_count_in_any_order(n, n_genes, family, seed):
     assert torch.equal(sparse.dense(), counts)
     assert torch.equal(sparse.dense(2 * sparse.values), 2 * counts)
     order = torch.randperm(len(sparse.values), generator=torch.Generator().manual_seed(seed))
-    shuffled = SparseCounts(sparse.values[order], sparse.position[order], sparse.shape)
+    shuffled = SparseCounts(sparse.values[order], sparse.cell[order], sparse.gene[order], sparse.shape)
     d = distribution(family, *parameters)
     torch.testing.assert_close(d.log_prob(shuffled), d.log_prob(sparse), rtol=1e-12, atol=1e-12)
     assert torch.equal(d.log_prob(SparseCounts.from_dense(counts.int())), d.log_prob(sparse))
     assert torch.equal(sparse.per_cell(sparse.values), counts.sum(-1))
     log_factorial = torch.lgamma(counts + 1).sum(-1)
-    known = SparseCounts(sparse.values, sparse.position, sparse.shape, log_factorial)
+    known = SparseCounts(sparse.values, sparse.cell, sparse.gene, sparse.shape, log_factorial)
     torch.testing.assert_close(d.log_prob(known), d.log_prob(sparse), rtol=1e-12, atol=1e-12)
 
 

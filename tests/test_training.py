@@ -10,7 +10,7 @@ import torch
 from anndata import read_h5ad
 
 import scvae
-from scvae import evidence, svi
+from scvae import evidence, steps, svi
 from scvae.cells import Cells
 from scvae.devices import seeded
 from scvae.programs import ZINB
@@ -44,7 +44,7 @@ def kl_weights(monkeypatch):
             kl["z"].register_hook(lambda gradient: weights.append(float(gradient.sum())))
         return log_likelihood, kl
 
-    monkeypatch.setattr(svi, "elbo_terms", observed)
+    monkeypatch.setattr(steps, "elbo_terms", observed)
     return weights
 
 
@@ -67,9 +67,9 @@ def test_every_cell_is_seen_once_an_epoch_and_held_out_ones_never(program, cells
     seen = []
     original = Cells.batch
 
-    def batch(self, rows, n_nonzero=None):
+    def batch(self, rows, *args):
         seen.extend(rows.tolist() if torch.is_grad_enabled() else [])
-        return original(self, rows, n_nonzero)
+        return original(self, rows, *args)
 
     monkeypatch.setattr(Cells, "batch", batch)
     train(program, cells, Training(3, 16, validation_fraction=0.25), progress=False)
@@ -193,7 +193,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_usable_model_too(adata, fit, monk
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(svi, "elbo_terms", interrupt)
+    monkeypatch.setattr(steps, "elbo_terms", interrupt)
     model = fit(adata, validation_fraction=0.2)
     assert model.history["step"] == []
     assert np.isfinite(model.embed(adata)).all()

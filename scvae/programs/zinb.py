@@ -22,6 +22,7 @@ Lopez, Regier, Cole, Jordan and Yosef 2018, Deep generative modeling for single-
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -103,7 +104,7 @@ class ZINB(Program):
         self.n_latent, self.dispersion, self.library_kind = n_latent, dispersion, library
         n_genes, n_batches, n_covariates = len(schema.genes), len(schema.batches), schema.n_covariates
 
-        self.encoder = Layers(n_genes, n_covariates if encode_covariates else 0, n_hidden, n_layers, dropout_rate)
+        self.encoder = Layers(n_genes, n_covariates if encode_covariates else 0, n_hidden, n_layers, dropout_rate, True)
         self.z_loc = nn.Linear(self.encoder.n_out, n_latent)
         self.z_scale = nn.Linear(self.encoder.n_out, n_latent)
         self.l_difference = nn.Linear(self.encoder.n_out, 1)
@@ -144,10 +145,10 @@ class ZINB(Program):
                     layer.main.weight.mul_(_SMALL)
                     layer.main.bias.zero_()
                     if layer.covariates is not None:
-                        layer.covariates.weight.zero_()
+                        layer.covariates.zero_()
             self.rho.main.bias.copy_(overall)
             if self.schema.batch_key is not None:
-                self.rho.covariates.weight[:, :n_batches] = (_log_fraction(expression) - overall).T
+                self.rho.covariates[:n_batches] = _log_fraction(expression) - overall
             if self.pi is not None:
                 self.pi.main.bias.fill_(_GATE_START)
             nn.init.zeros_(self.l_difference.weight)
@@ -182,7 +183,7 @@ class ZINB(Program):
     def encode(self, batch: Batch) -> Tensor:
         """Return the encoder's last hidden layer, ``[n, n_hidden]``."""
         counts = batch.counts
-        return self.encoder(counts.dense(counts.values.log1p()), batch.covariates)
+        return self.encoder(replace(counts, values=counts.values.log1p()), batch.covariates)  # type: ignore
 
     def q_z(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""

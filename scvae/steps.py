@@ -1,0 +1,136 @@
+"""One step of the optimisation: minibatch, ELBO, gradient, Adam; captured whole as a CUDA graph where that can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from scvae.cells import Cells
+from scvae.evidence import elbo_terms
+from scvae.programs.program import Program
+
+__all__ = ["Step"]
+
+_log = logging.getLogger("scvae")
+
+_WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate what they keep
+_SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
+
+
+class Step:
+    """Takes one step of stochastic gradient ascent on the ELBO each time it is called.
+
+    All that changes from step to step (KL weight, learning rate, count of the steps, sums for the history, the terms
+    in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
+    can be captured: after a few steps each size of minibatch is recorded once as a graph and replayed from then on.
+    Where the recording fails, steps are taken one operation at a time, and the log says so.
+
+    Parameters
+    ----------
+    program, cells
+        What is trained, on what.
+    decay
+        Rate of the weight decay of ``program.decayed()``.
+    rates, kl_weights
+        Learning rate and weight of the KL terms at each step, ``[n_steps]``.
+    capture
+        Records a function and returns one that replays it; None where steps are not to be captured.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        cells: Cells,
+        decay: float,
+        rates: Tensor,
+        kl_weights: Tensor,
+        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ) -> None:
+        self.program, self.cells, self.capture = program, cells, capture
+        self.rates, self.kl_weights = rates.to(cells.device), kl_weights.to(cells.device)
+        self.parameters = [p for p in program.parameters() if p.requires_grad]
+        decayed = program.decayed()
+        shrunk = {id(p) for p in decayed}
+        self.rate = self.rates[0].clone()
+        self.optimiser = torch.optim.AdamW(
+            [
+                {"params": [p for p in self.parameters if id(p) not in shrunk], "weight_decay": 0.0},
+                {"params": decayed, "weight_decay": decay},
+            ],
+            lr=self.rate,
+            fused=True,
+            capturable=cells.device.type == "cuda",
+        )
+        self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
+        self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
+        self.taken = 0
+        self.replays: dict[int, tuple[int, Tensor, Callable[[], None]]] = {}
+        #: Step, counted from 1, that the terms below are of: the first one that was not finite, or else the latest.
+        self.seen = torch.zeros(1, dtype=torch.int64, device=cells.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=cells.device)
+        self.terms: dict[str, Tensor] = {}
+
+    def __call__(self, rows: Tensor, n_nonzero: int) -> None:
+        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
+        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken >= _WARM_UP else None
+        if replay is None:
+            self._take(rows, n_nonzero)
+        else:
+            replay()
+        self.taken += 1
+
+    def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
+        log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
+        reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
+        loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        with torch.no_grad():
+            self.rate.copy_(self.rates.index_select(0, self.count).squeeze())
+            self.optimiser.step()
+            self.count += 1
+            self.sums += torch.stack([reconstruction, divergence])
+            self._watch({**log_likelihood, **kl}, torch.isfinite(reconstruction + divergence))
+
+    def _watch(self, terms: dict[str, Tensor], finite: Tensor) -> None:
+        """Keep the terms of this step, unless one before it was not finite."""
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = torch.zeros_like(term)  # the first minibatch is the largest
+            kept = self.terms[name][: len(term)]
+            torch.where(self.finite, term, kept, out=kept)
+        torch.where(self.finite, self.count, self.seen, out=self.seen)
+        self.finite &= finite
+
+    def _replay(self, rows: Tensor, n_nonzero: int, capture: Callable) -> Callable[[], None] | None:
+        """Return what replays a step of so many cells, with these cells put where it reads them."""
+        room, static_rows, replay = self.replays.get(len(rows), (0, rows, None))
+        if n_nonzero > room:
+            room, static_rows = int(_SLACK * n_nonzero), rows.clone()
+            try:
+                replay = capture(lambda: self._take(static_rows, room, padded=True))
+            except RuntimeError as error:
+                _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
+                self.capture = None
+                return None
+            self.replays[len(rows)] = (room, static_rows, replay)
+        static_rows.copy_(rows)
+        return replay
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record the function, which is not run, and return what runs it."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self.pool):
+            function()
+        return graph.replay
