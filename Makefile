@@ -1,6 +1,7 @@
 # make demo    install and run the demonstration on 700 blood cells
 # make test    install and run the tests, with line coverage
 # make lint    ruff and mypy
+# make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
 # make docs    build the documentation into docs/_build
 # make clean   remove everything that make made
 #
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint bench docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/scvae demo
@@ -23,17 +24,26 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.installed-dev $(VENV)-peers/.installed
+	$(BIN)/python tests/benchmarks/bench.py --peer $(VENV)-peers/bin/python $(if $(DATA),--data $(DATA))
+
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
+	rm -rf $(VENV) $(VENV)-peers build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an installation that was interrupted is taken up again by the next make.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	touch $@
+
+$(VENV)-peers/.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install $(shell grep -h '^torch==' constraints.txt)
+	$(VENV)-peers/bin/python -m pip install scvi-tools==1.4.2 scanpy harmonypy scib-metrics
 	touch $@
 
 .PRECIOUS: $(VENV)/.installed-%

@@ -162,7 +162,7 @@ class Cells:
         counts = SparseCounts(
             _take(self.values, entry),
             cell,
-            _take(self.genes, entry).long(),
+            _take(self.genes, entry),
             (n, self.n_genes),
             self.log_factorial[rows],
             padded,

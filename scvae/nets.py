@@ -53,7 +53,7 @@ class _SparseProduct(torch.autograd.Function):
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Sums of weighted rows, one between each two offsets."""
+    """Return sums of weighted rows, one between each two offsets."""
     return embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 

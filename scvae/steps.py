@@ -86,7 +86,8 @@ class Step:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
         loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
-        self.optimiser.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         loss.backward()
         with torch.no_grad():
             self.rate.copy_(self.rates.index_select(0, self.count).squeeze())

@@ -38,7 +38,7 @@ def cells(adata):
 def trained(cells, capture, n_epochs=3, size=30):
     """The steps, after some epochs of them.
 
-    Weights that matter to nothing (a bias before a batch norm) follow the rounding of their gradients: sums are compared.
+    Weights that matter to nothing (a bias before a batch norm) follow the rounding of their gradients: compare sums.
     """
     with seeded(0, torch.device("cpu")):
         program = ZINB(cells.schema, n_latent=3, n_hidden=8)
