@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from scvae.cells import Cells
 from scvae.evidence import elbo_terms
@@ -52,18 +53,11 @@ class Step:
         self.program, self.cells, self.capture = program, cells, capture
         self.rates, self.kl_weights = rates.to(cells.device), kl_weights.to(cells.device)
         self.parameters = [p for p in program.parameters() if p.requires_grad]
-        decayed = program.decayed()
-        shrunk = {id(p) for p in decayed}
-        self.rate = self.rates[0].clone()
-        self.optimiser = torch.optim.AdamW(
-            [
-                {"params": [p for p in self.parameters if id(p) not in shrunk], "weight_decay": 0.0},
-                {"params": decayed, "weight_decay": decay},
-            ],
-            lr=self.rate,
-            fused=True,
-            capturable=cells.device.type == "cuda",
-        )
+        shrunk = {id(p) for p in program.decayed()}
+        self.adams = [
+            _Adam([p for p in self.parameters if id(p) not in shrunk], 0.0),
+            _Adam([p for p in self.parameters if id(p) in shrunk], decay),
+        ]
         self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
         self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
         self.taken = 0
@@ -90,8 +84,9 @@ class Step:
             parameter.grad = None
         loss.backward()
         with torch.no_grad():
-            self.rate.copy_(self.rates.index_select(0, self.count).squeeze())
-            self.optimiser.step()
+            rate = self.rates.index_select(0, self.count).squeeze()
+            for adam in self.adams:
+                adam.step(rate)
             self.count += 1
             self.sums += torch.stack([reconstruction, divergence])
             self._watch({**log_likelihood, **kl}, torch.isfinite(reconstruction + divergence))
@@ -120,6 +115,43 @@ class Step:
             self.replays[len(rows)] = (room, static_rows, replay)
         static_rows.copy_(rows)
         return replay
+
+
+class _Adam:
+    """Adam with decoupled weight decay, fused; as torch.optim.AdamW, whose making takes a second for what is not used.
+
+    Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR, algorithm 2.
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.means, self.squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in parameters]
+
+    def step(self, rate: Tensor) -> None:
+        """Take a step of that size along the gradients, where there are any."""
+        states = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
+        used = [(p, p.grad, *state) for p, *state in states if p.grad is not None]
+        if not used:
+            return
+        parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
+        adamw(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
+            fused=True,
+            capturable=rate.is_cuda,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=rate,
+            weight_decay=self.decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 class CudaGraphs:

@@ -314,7 +314,7 @@ class ZeroInflatedNegativeBinomial(_Counts):
     inverse_dispersion
         ``theta``: the variance before dropout is ``mean + mean ** 2 / theta``. ``[n_genes]`` or ``[..., n_genes]``.
     gate_logits
-        Logit of the probability of dropout, ``[..., n_genes]``.
+        Logit of the probability of dropout, ``[..., n_genes]``; below -80 (1e-35) it is taken for -80.
     log_mean
         Natural logarithm of `mean`.
 

@@ -39,4 +39,4 @@ def make(n_cells: int) -> None:
 
 
 if __name__ == "__main__":
-    make(1_000_000)
+    simulated(1_000_000)

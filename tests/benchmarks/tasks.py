@@ -163,6 +163,7 @@ def _scvi_epochs(
 
 def _split(path: str) -> tuple[anndata.AnnData, anndata.AnnData, str | None]:
     adata = anndata.read_h5ad(path)
+    adata = adata[:, adata.var["highly_variable"].to_numpy()].copy()
     batch_key = "batch" if "batch" in adata.obs and adata.obs["batch"].nunique() > 1 else None
     train, test = (adata[(adata.obs["split"] == part).to_numpy()].copy() for part in ("train", "test"))
     return train, test, batch_key
