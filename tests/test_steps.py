@@ -105,6 +105,21 @@ def test_a_fault_between_two_checks_is_put_down_to_its_own_step(adata, breaking)
         assert n_rows in (None, len(fault.rows))
 
 
+def test_adam_is_that_of_torch():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3), torch.randn(6, 4, 3)
+    ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    unused = torch.zeros(2)
+    adam, other = steps._Adam([ours, unused], 0.5), torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.5)
+    for i, gradient in enumerate(gradients):
+        ours.grad = theirs.grad = gradient
+        other.param_groups[0]["lr"] = 0.1 / (i + 1)
+        adam.step(torch.tensor(0.1 / (i + 1)))
+        other.step()
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert not unused.any()
+
+
 def test_rates_and_weights_of_the_kl_are_those_that_training_names():
     training = Training(learning_rate=0.5, kl_weight=2.0, kl_warmup=0.5)
     rates, weights = training.learning_rates(100), training.kl_weights(100)
