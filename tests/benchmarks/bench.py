@@ -157,7 +157,8 @@ def picture(results: dict, path: Path) -> None:
         axes[1].set(title="Time to quality", xlabel="s", xscale="log", yticks=[k + 0.2 for k in range(len(names))])
         axes[1].set_yticklabels(names)
         axes[1].invert_yaxis()
-        axes[1].legend(fontsize=8)
+        axes[1].set_xlim(left=0.5)
+        axes[1].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
     if figures := results.get("growth"):
         sizes = sorted(map(int, figures))
         axes[2].plot(sizes, [figures[str(n)]["us_a_cell"] for n in sizes], "o-", label="fit, µs a cell and epoch")
