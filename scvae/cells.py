@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,11 @@ class Schema:
     """
 
     genes: tuple[str, ...]
+    #: What the values are: ``"counts"``, or ``"real"`` numbers.
+    kind: str = "counts"
     layer: str | None = None
+    #: Key of ``.obsm``, where the values lie there; `genes` are then the names of its columns.
+    use_rep: str | None = None
     batch_key: str | None = None
     size_factor_key: str | None = None
     #: Names of the categories of each categorical covariate, the batch key first.
@@ -75,7 +80,7 @@ class Batch:
     Parameters
     ----------
     counts
-        Their counts, ``[n, G]``; None where counts are to be drawn.
+        Their counts, ``[n, G]`` (or whatever else was measured, see :attr:`values`); None where they are to be drawn.
     library_size
         Total counts of each over the modelled genes, ``[n]``.
     s
@@ -94,6 +99,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.s)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """What was measured as a dense matrix, ``[n, G]``."""
+        if self.counts is None:
+            raise ValueError("These cells are to be drawn: nothing was measured.")
+        return self.counts.dense()
 
 
 class Cells:
@@ -134,7 +146,7 @@ class Cells:
         self.genes = self._tensor(counts.indices, counts.indices.dtype, store)
         self.offsets = self._tensor(counts.indptr, np.int64)
         self.library_size = self._tensor(np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(), np.float32)
-        self.log_factorial = self._log_factorial()
+        self.log_factorial = self._log_factorial() if schema.kind == "counts" else torch.zeros_like(self.library_size)
         self.codes = self._tensor(codes, np.int64)
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
@@ -219,6 +231,17 @@ class Cells:
             counts = self.batch(part).counts
             total.index_add_(0, counts.gene, counts.values.double())
         return total.float()
+
+    def moments(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each gene over some cells, by default all, each ``[n_genes]``."""
+        rows = torch.arange(len(self), device=self.device) if rows is None else rows
+        totals = torch.zeros(2, self.n_genes, dtype=torch.float64, device=self.device)
+        for part in rows.split(4096):
+            counts = self.batch(part).counts
+            values = counts.values.double()
+            totals.index_add_(1, counts.gene, torch.stack([values, values**2]))
+        mean, square = totals / len(rows)
+        return mean.float(), (square - mean**2).clamp(min=0).float()
 
     def unexpressed(self) -> list[str]:
         """Return the names of the genes that no cell expresses."""

@@ -144,8 +144,12 @@ class Fitted:
         codes = [None] if batch is None else self._batch_codes(batch)
         if isinstance(library_size, str) and library_size != "cell":
             raise ValueError(f"library_size is a number or 'cell', not {library_size!r}.")
+        if schema.kind == "real" and library_size != 1:
+            raise ValueError(f"library_size belongs to models of counts; {self.program.name!r} models real numbers.")
         if n_samples is not None:
             _check_positive("n_samples", n_samples)
+        if layer_added is not None and schema.use_rep is not None:
+            raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{schema.use_rep!r}].")
         if layer_added is not None and adata.isbacked and adata.is_view:
             raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
 
@@ -186,8 +190,9 @@ class Fitted:
         Returns
         -------
         AnnData
-            Counts in ``.X`` (CSR) and in the layer that the model reads, if it does; covariates in ``.obs``; the latent
-            vectors in ``.obsm[key_added]``. Cells without a single count may be among them.
+            Counts (CSR), or real numbers, in ``.X`` and in the layer or the entry of ``.obsm`` that the model reads, if
+            it does; covariates in ``.obs``; the latent vectors in ``.obsm[key_added]``. Cells without a single count
+            may be among them.
 
         Raises
         ------
@@ -205,10 +210,15 @@ class Fitted:
             counts, latents = [], []
             for part in codes.split(_CHUNK):
                 trace = poutine.trace(self.program.model).get_trace(self._blank(part))
-                counts.append(sparse.csr_matrix(trace.nodes["x"]["value"].cpu().numpy()))
+                drawn = trace.nodes["x"]["value"].cpu().numpy()
+                counts.append(sparse.csr_matrix(drawn) if schema.kind == "counts" else drawn)
                 latents.append(trace.nodes["z"]["value"].cpu().numpy())
-        adata = AnnData(sparse.vstack(counts, format="csr"), obsm={self.key_added: np.concatenate(latents)})
+        matrix = sparse.vstack(counts, format="csr") if schema.kind == "counts" else np.concatenate(counts)
+        adata = AnnData(matrix, obsm={self.key_added: np.concatenate(latents)})
         adata.var_names = list(schema.genes)
+        if schema.use_rep is not None:
+            dense = matrix.toarray() if schema.kind == "counts" else matrix
+            adata.obsm[schema.use_rep] = pd.DataFrame(dense, index=adata.obs_names, columns=list(schema.genes))
         if schema.layer is not None:
             adata.layers[schema.layer] = adata.X
         for i, (key, names) in enumerate(schema.categories.items()):
@@ -317,21 +327,28 @@ class Fitted:
 
     def _write(self, adata: AnnData, cells: Cells) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
-        names = list(self.program.per_cell(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device))))
 
-        def columns(batch: Batch) -> Tensor:
-            scalars = [scalar.unsqueeze(1) for scalar in self.program.per_cell(batch).values()]
-            return torch.cat([*self.program.embed(batch), *scalars], 1)
+        def answers(batch: Batch) -> dict[str, Tensor]:
+            mean, std = self.program.embed(batch)
+            return {"": mean, "std": std, **self.program.per_cell(batch)}
 
-        written = self._each(cells, columns)
-        n_latent = (written.shape[1] - len(names)) // 2
+        with torch.no_grad():
+            first = answers(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
+        widths = [part[0].numel() for part in first.values()]
+        written = self._each(
+            cells, lambda batch: torch.cat([p.reshape(len(p), -1) for p in answers(batch).values()], 1)
+        )
+        parts = np.split(written, np.cumsum(widths)[:-1], axis=1)
         with _own(adata):
-            adata.obsm[self.key_added] = written[:, :n_latent].copy()
-            adata.obsm[self.key_added + "_std"] = written[:, n_latent : 2 * n_latent].copy()
             for stale in [column for column in adata.obs if str(column).startswith("scvae_")]:  # of an earlier fit
                 del adata.obs[stale]
-            for i, name in enumerate(names):
-                adata.obs[f"scvae_{name}"] = written[:, 2 * n_latent + i]
+            for (name, like), part in zip(first.items(), parts, strict=True):
+                if like.dim() > 1:
+                    adata.obsm[f"{self.key_added}_{name}" if name else self.key_added] = part.copy()
+                elif like.dtype.is_floating_point:
+                    adata.obs[f"scvae_{name}"] = part[:, 0]
+                else:
+                    adata.obs[f"scvae_{name}"] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
             adata.uns["scvae"] = {
                 "version": version("scvae-pyro"),
                 "program": self.program.name,

@@ -24,6 +24,7 @@ def fit(
     program: str | type[Program] = "zinb",
     *,
     layer: str | None = None,
+    use_rep: str | None = None,
     batch_key: str | None = None,
     categorical_covariate_keys: Sequence[str] = (),
     continuous_covariate_keys: Sequence[str] = (),
@@ -44,11 +45,14 @@ def fit(
     Parameters
     ----------
     adata
-        Cells by genes. Raw counts in ``.X`` or in `layer`: CSR, CSC, dense, backed or dask.
+        Cells by genes. Raw counts, or what the program models, in ``.X`` or in `layer`: CSR, CSC, dense, backed, dask.
     program
-        Name of a program (``"zinb"``), or a :class:`~scvae.programs.Program` class of your own.
+        Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers), or a
+        :class:`~scvae.programs.Program` class of your own.
     layer
         Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.
+    use_rep
+        Key of ``adata.obsm`` that holds what is to be modelled, in place of the genes: ``"X_pca"``, a protein panel.
     batch_key
         Column of ``adata.obs`` whose effect is to be taken out of the latent space.
     categorical_covariate_keys, continuous_covariate_keys
@@ -77,15 +81,16 @@ def fit(
         Whether to show a progress bar.
     **options
         Options of the program (:class:`scvae.programs.ZINB`: ``likelihood``, ``dispersion``, ``library``,
-        ``n_hidden``, …) and of the training (:class:`scvae.svi.Training`: ``learning_rate``, ``kl_weight``,
-        ``validation_fraction``, …).
+        ``posterior``, ``prior``, ``n_hidden``, …) and of the training (:class:`scvae.svi.Training`:
+        ``learning_rate``, ``kl_weight``, ``validation_fraction``, …).
 
     Returns
     -------
     Fitted
         The fitted model. To the AnnData are written, and nothing else: ``.obsm[key_added]``, the posterior mean of
-        each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; per-cell scalars in
-        ``.obs["scvae_…"]`` (the library latent, as counts); ``.uns["scvae"]``, parameters and history.
+        each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; what else the program
+        infers of each cell in ``.obs["scvae_…"]`` (the library latent, as counts; the cluster, with
+        ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; ``.uns["scvae"]``, parameters and history.
 
     Raises
     ------
@@ -125,7 +130,9 @@ def fit(
     _check_options(kind, {"n_latent": n_latent, **options}, training_names)
     schema = read_schema(
         adata,
+        kind=kind.kind,
         layer=layer,
+        use_rep=use_rep,
         batch_key=batch_key,
         categorical_covariate_keys=categorical_covariate_keys,
         continuous_covariate_keys=continuous_covariate_keys,
@@ -136,7 +143,7 @@ def fit(
     with seeded(seed, where):
         made = kind(schema, n_latent=n_latent, **options)
         cells = read_cells(adata, schema, device=where)
-        if unexpressed := cells.unexpressed():
+        if kind.kind == "counts" and (unexpressed := cells.unexpressed()):
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)
         try:

@@ -19,7 +19,7 @@ __all__ = ["Layers", "LinearWithCovariates", "SparseLinear"]
 class SparseLinear(nn.Module):
     """A linear layer of a sparse input, :class:`~scvae.distributions.SparseCounts`; ``[n, n_in]`` to ``[n, n_out]``.
 
-    On a CPU it costs in proportion to the non-zeros, forward and backward.
+    On a CPU it costs in proportion to the non-zeros, forward and backward. A dense input is taken as well.
     """
 
     def __init__(self, n_in: int, n_out: int) -> None:
@@ -28,9 +28,9 @@ class SparseLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_in, n_out).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
 
-    def forward(self, x: SparseCounts) -> Tensor:  # noqa: D102
-        if self.weight.is_cuda:
-            return torch.addmm(self.bias, x.dense(), self.weight)
+    def forward(self, x: SparseCounts | Tensor) -> Tensor:  # noqa: D102
+        if isinstance(x, Tensor) or self.weight.is_cuda:
+            return torch.addmm(self.bias, x if isinstance(x, Tensor) else x.dense(), self.weight)
         return _SparseProduct.apply(self.weight, x) + self.bias
 
 
@@ -71,9 +71,17 @@ class LinearWithCovariates(nn.Module):
         weight = torch.empty(n_covariates, n_out).uniform_(-bound, bound)
         self.covariates = nn.Parameter(weight) if n_covariates else None
 
-    def forward(self, x: Tensor | SparseCounts, covariates: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor | SparseCounts, covariates: Tensor | None) -> Tensor:  # noqa: D102
         out = self.main(x)
         return out if self.covariates is None else out.addmm_(covariates, self.covariates)
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Start near nothing: as the last layer of a decoder, near the mean expression, which its bias then holds."""
+        self.main.weight.mul_(0.1)
+        self.main.bias.zero_()
+        if self.covariates is not None:
+            self.covariates.zero_()
 
 
 class Layers(nn.Module):
@@ -112,12 +120,20 @@ class Layers(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
         self.n_out = widths[-1]
 
-    def forward(self, x: Any, covariates: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Any, covariates: Tensor | None = None) -> Tensor:  # noqa: D102
         if isinstance(x, SparseCounts) and not self.linear:
             return x.dense()
         for linear, norm in zip(self.linear, self.norm, strict=True):
             x = self.dropout(silu(norm(linear(x, covariates))))
         return x
+
+    def as_in_use(self, x: Any, covariates: Tensor | None = None) -> Tensor:
+        """Return the layers' output as after training: with running statistics and without dropout."""
+        was = self.training
+        self.eval()
+        out = self(x, covariates)
+        self.train(was)
+        return out
 
     def weights(self) -> list[Tensor]:
         """Return the weights by which the input acts: those of the covariates, and the biases, are left out."""

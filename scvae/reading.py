@@ -22,7 +22,9 @@ _BLOCK = 1 << 24  # entries looked at in one go, which bounds the memory of the 
 def read_schema(
     adata: AnnData,
     *,
+    kind: str = "counts",
     layer: str | None = None,
+    use_rep: str | None = None,
     batch_key: str | None = None,
     categorical_covariate_keys: Sequence[str] = (),
     continuous_covariate_keys: Sequence[str] = (),
@@ -30,15 +32,16 @@ def read_schema(
     mask_var: str | None = "auto",
     check_counts: bool = True,
 ) -> Schema:
-    """Read the names off an AnnData; the arguments are those of :func:`scvae.fit`."""
-    genes = adata.var_names[_gene_mask(adata, mask_var)].astype(str)
-    if not len(genes):
-        raise ValueError(f"No gene is selected by mask_var={mask_var!r}; the AnnData has {adata.n_vars}.")
-    if not genes.is_unique:
-        raise ValueError(
-            f"adata.var_names has repeats, {some(genes[genes.duplicated()])}: genes are matched by name. "
-            "Call adata.var_names_make_unique() first."
-        )
+    """Read the names off an AnnData; the arguments are those of :func:`scvae.fit`, `kind` that of the program."""
+    if use_rep is None:
+        genes = adata.var_names[_gene_mask(adata, mask_var)].astype(str)
+        if not len(genes):
+            raise ValueError(f"No gene is selected by mask_var={mask_var!r}; the AnnData has {adata.n_vars}.")
+        _check_unique(genes)
+    elif layer is not None or mask_var not in (None, "auto"):
+        raise ValueError("use_rep takes the place of layer and mask_var: pass it, or them.")
+    else:
+        genes = _representation(adata, use_rep).columns
     categories = {}
     for key in dict.fromkeys(([] if batch_key is None else [batch_key]) + _list(categorical_covariate_keys)):
         column = _column(adata, key)
@@ -57,7 +60,7 @@ def read_schema(
         if values.min() == values.max():
             warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
         continuous[key] = (float(values.mean()), float(values.std()) if values.min() < values.max() else 1.0)
-    return Schema(tuple(genes), layer, batch_key, size_factor_key, categories, continuous, check_counts)
+    return Schema(tuple(genes), kind, layer, use_rep, batch_key, size_factor_key, categories, continuous, check_counts)
 
 
 def read_cells(
@@ -112,9 +115,14 @@ def read_cells(
             raise ValueError(
                 f"adata.obs[{schema.size_factor_key!r}] is not positive in {some(cells, 'cell')}: leave them out."
             )
-    matrix, where = _matrix(adata, schema.layer)
-    counts = _csr(matrix, _columns(adata, schema.genes, missing_genes))
-    _check_counts(counts, adata, schema, where)
+    if schema.use_rep is None:
+        matrix, where = _matrix(adata, schema.layer)
+        names = adata.var_names.astype(str)
+    else:
+        frame, where = _representation(adata, schema.use_rep), f"adata.obsm[{schema.use_rep!r}]"
+        matrix, names = frame.to_numpy(), frame.columns
+    counts = _csr(matrix, _columns(names, schema.genes, missing_genes))
+    _check_values(counts, adata, schema, where)
     return Cells(counts, codes, continuous, schema, size_factor, device)
 
 
@@ -180,18 +188,39 @@ def _gene_mask(adata: AnnData, mask_var: str | None) -> np.ndarray:
     return mask.to_numpy(dtype=bool)
 
 
-def _columns(adata: AnnData, genes: Sequence[str], missing_genes: str) -> np.ndarray | None:
+def _check_unique(names: pd.Index) -> None:
+    if not names.is_unique:
+        raise ValueError(
+            f"adata.var_names has repeats, {some(names[names.duplicated()])}: genes are matched by name. Call "
+            "adata.var_names_make_unique() first."
+        )
+
+
+def _representation(adata: AnnData, use_rep: str) -> pd.DataFrame:
+    """Return an entry of ``.obsm`` with names of its columns."""
+    if use_rep not in adata.obsm:
+        raise KeyError(f"adata.obsm has no {use_rep!r}; it has {some(adata.obsm.keys()) or 'none'}.")
+    values = adata.obsm[use_rep]
+    if isinstance(values, pd.DataFrame):
+        values = values.rename(columns=str)
+    else:
+        values = values.toarray() if sparse.issparse(values) else np.asarray(values)
+        if values.ndim != 2:
+            raise ValueError(
+                f"adata.obsm[{use_rep!r}] is of shape {values.shape}: a table of cells by features is wanted."
+            )
+        values = pd.DataFrame(values, columns=[f"{use_rep}_{i}" for i in range(values.shape[1])])
+    if not all(dtype.kind in "biuf" for dtype in values.dtypes):
+        raise ValueError(f"adata.obsm[{use_rep!r}] is not numeric.")
+    return values
+
+
+def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str) -> np.ndarray | None:
     """Column of each gene, -1 where it is missing; None where the columns are the genes."""
-    names = adata.var_names.astype(str)
     if len(names) == len(genes) and (names == np.asarray(genes)).all():
         return None
     wanted = names.isin(genes)
-    repeated = wanted & names.duplicated()
-    if repeated.any():
-        raise ValueError(
-            f"adata.var_names has repeats, {some(names[repeated])}: genes are matched by name. Call "
-            "adata.var_names_make_unique() first."
-        )
+    _check_unique(names[wanted])
     found = np.flatnonzero(wanted)
     columns = pd.Series(found, index=names[wanted]).reindex(list(genes)).fillna(-1).to_numpy(dtype=np.int64)
     if (columns < 0).any() and missing_genes == "error":
@@ -263,14 +292,14 @@ def _choose(matrix: Any, columns: np.ndarray | None) -> Any:
     )
 
 
-def _check_counts(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str) -> None:
+def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str) -> None:
     kind = counts.dtype.kind
     faults: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     if kind == "f":
         faults["NaN or infinite values"] = lambda x: ~np.isfinite(x)
-    if kind in "if":
+    if kind in "if" and schema.kind == "counts":
         faults["negative values"] = lambda x: x < 0
-    if kind == "f" and schema.check_counts:
+    if kind == "f" and schema.kind == "counts" and schema.check_counts:
         faults["values that are not whole numbers"] = lambda x: x != np.rint(x)
     for what, is_wrong in faults.items():
         first: list[int] = []
@@ -285,11 +314,14 @@ def _check_counts(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, whe
                 f"{counts.data[k]} in cell {adata.obs_names[i]!r}, gene {schema.genes[counts.indices[k]]!r}"
                 for i, k in zip(cells, first, strict=True)
             )
-            raise ValueError(
-                f"{where} holds {what}, {n_wrong} of them, the first: {at}. A count model wants raw "
-                "counts: name the layer that has them, layer=…"
-                + (", or pass check_counts=False for counts corrected upstream." if "whole" in what else ".")
+            remedy = "A count model wants raw counts: name the layer that has them, layer=…" + (
+                ", or pass check_counts=False for counts corrected upstream." if "whole" in what else "."
             )
+            if schema.kind == "real":
+                remedy = "Fill them in, or leave those cells out."
+            raise ValueError(f"{where} holds {what}, {n_wrong} of them, the first: {at}. {remedy}")
+    if schema.kind == "real":
+        return
     empty = np.diff(counts.indptr) == 0
     if empty.any():
         raise ValueError(

@@ -114,6 +114,7 @@ class BreakingZINB(ZINB):
         super().__init__(schema, **options)
         self.options["where"] = where
         self.where, self.step = where, 0
+        self.decoder.register_forward_pre_hook(self.spoil)
 
     def model(self, batch):
         self.step += 1
@@ -121,12 +122,13 @@ class BreakingZINB(ZINB):
             raise KeyboardInterrupt
         super().model(batch)
 
-    def likelihood_of(self, z, l, batch):
+    def spoil(self, decoder, given):
+        z, l, batch = given
         if self.step > 3 and self.where == "x":
             l = l.masked_fill(batch.s == 1, torch.nan)
         if self.step > 3 and self.where == "gradient":
             l = l + (0 * z[:, 0]).abs().sqrt()
-        return super().likelihood_of(z, l, batch)
+        return z, l, batch
 
 
 @pytest.fixture(scope="session")

@@ -85,17 +85,17 @@ def small_program(library, guide):
 
 def set_decoder(program):
     """Make the decoder smooth enough for posteriors with one mode, and steep enough for narrow ones."""
-    for name, parameter in program.named_parameters():
+    for name, parameter in program.decoder.named_parameters():
         is_matrix = parameter.dim() == 2
         random = (0.17 if is_matrix else 0.4) * torch.randn(parameter.shape)
-        if name.startswith("decoder.linear") and is_matrix:
+        if name.startswith("layers.linear") and is_matrix:
             from_z = torch.linspace(-0.8, 0.8, len(parameter)).unsqueeze(1)
             parameter.copy_(torch.full_like(parameter, 1.5) if "covariates" in name else from_z)
-        elif name.startswith("decoder.linear"):
+        elif name.startswith("layers.linear"):
             parameter.zero_()
-        elif name.startswith(("rho", "pi")) and is_matrix:
+        elif name.startswith(("w", "pi")) and is_matrix:
             parameter.copy_(random - random.mean(1, keepdim=True))
-        elif name.startswith(("rho", "pi")):
+        elif name.startswith(("w", "pi")):
             parameter.copy_(random - (2.5 if name.startswith("pi") else 0))
         elif name == "log_theta":
             parameter.copy_(0.5 + random)
@@ -124,7 +124,7 @@ def widen(message, factor=1.3):
 def fit_guide(program, n_cells=20_000, n_steps=1000):
     """Maximise the ELBO over the guide alone, on cells drawn from the model."""
     cells, _ = simulate(program, n_cells)
-    modules = [program.encoder, program.z_loc, program.z_scale, program.l_difference, program.l_scale]
+    modules = [program.encoder, program.q_z, program.l_difference, program.l_scale]
     optimiser = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
     for _ in range(n_steps):
@@ -151,7 +151,7 @@ def exact_evidence(program, batch, n_z=801, n_l=201):
         batch.counts.dense().double().numpy(), batch.library_size.numpy(), batch.s.tolist(), strict=True
     ):
         at = minibatch(torch.full((n_z,), s))
-        d = program.likelihood_of(torch.tensor(z, dtype=torch.float32).unsqueeze(-1), torch.ones(n_z), at)
+        d = program.decoder(torch.tensor(z, dtype=torch.float32).unsqueeze(-1), torch.ones(n_z), at)
         log_rho, gate = d.log_mean.double().numpy(), d.gate_logits.double().numpy()  # [n_z, G]
         theta = d.inverse_dispersion.double().numpy().reshape(-1)  # [G]
         if program.options["library"] == "observed":
@@ -236,7 +236,7 @@ def test_importance_weights_and_plain_draws_from_the_prior_average_to_the_eviden
 def monte_carlo_kl(program, batch, site, n=100_000):
     """``E_q [log q - log p]`` of each cell and its standard error, in NumPy, from the guide's parameters."""
     h = program.encode(batch)
-    loc, scale = program.q_z(h) if site == "z" else program.q_log_l(h, batch)
+    loc, scale = program.q_z.moments(h) if site == "z" else program.q_log_l(h, batch)
     loc, scale = (v.reshape(-1).double().numpy() for v in (loc, scale))
     value = np.random.default_rng(0).normal(loc, scale, (n, len(loc)))
     if site == "z":

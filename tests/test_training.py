@@ -108,12 +108,12 @@ def test_only_the_weights_that_a_program_names_are_shrunk(cells):
     names = {id(p): name for name, p in program.named_parameters()}
     assert {names[id(p)] for p in program.decayed()} == {
         *(
-            f"decoder.{layer}.{i}.{end}"
+            f"decoder.layers.{layer}.{i}.{end}"
             for i in range(2)
             for layer, end in (("linear", "main.weight"), ("norm", "weight"))
         ),
-        "rho.main.weight",
-        "pi.main.weight",
+        "decoder.w.main.weight",
+        "decoder.pi.main.weight",
     }
     norms = []
     for weight_decay in (0.0, 30.0):
@@ -121,7 +121,7 @@ def test_only_the_weights_that_a_program_names_are_shrunk(cells):
         program = ZINB(cells.schema, n_latent=2, n_hidden=4)
         program.initialise(cells)
         train(program, cells, Training(max_epochs=20, batch_size=32, weight_decay=weight_decay), progress=False)
-        norms.append(program.rho.main.weight.norm().item())
+        norms.append(program.decoder.w.main.weight.norm().item())
     assert norms[1] < 0.5 * norms[0]
 
 

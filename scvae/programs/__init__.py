@@ -1,9 +1,10 @@
 """The generative programs, one file each, by name."""
 
+from scvae.programs.gaussian import Gaussian
 from scvae.programs.program import Program
 from scvae.programs.zinb import ZINB
 
 #: The programs that :func:`scvae.fit` knows by name.
-PROGRAMS: dict[str, type[Program]] = {program.name: program for program in (ZINB,)}
+PROGRAMS: dict[str, type[Program]] = {program.name: program for program in (ZINB, Gaussian)}
 
-__all__ = ["PROGRAMS", "ZINB", "Program"]
+__all__ = ["PROGRAMS", "ZINB", "Gaussian", "Program"]

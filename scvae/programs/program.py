@@ -29,6 +29,8 @@ class Program(nn.Module, ABC):
 
     #: Name in the registry.
     name: ClassVar[str]
+    #: What it models: ``"counts"``, or ``"real"`` numbers.
+    kind: ClassVar[str] = "counts"
 
     def __init__(self, schema: Schema, **options: Any) -> None:
         super().__init__()
@@ -53,7 +55,7 @@ class Program(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
-        """Return the expression that a latent vector stands for, ``[n, G]``, as fractions that sum to one."""
+        """Return the expression that a latent vector stands for, ``[n, G]``: of counts, fractions that sum to one."""
 
     def decayed(self) -> list[Tensor]:
         """Return the weights that training shrinks by ``weight_decay``; by default none."""
@@ -64,5 +66,9 @@ class Program(nn.Module, ABC):
         return batch.library_size
 
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the scalar latents of each cell by name, each ``[n]``; written to ``.obs`` as ``scvae_<name>``."""
+        """Return further latents of each cell by name.
+
+        Numbers, ``[n]``, are written to ``.obs`` as ``scvae_<name>``, integers among them as categories; vectors,
+        ``[n, k]``, to ``.obsm`` as ``<key_added>_<name>``.
+        """
         return {}
