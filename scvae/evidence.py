@@ -45,10 +45,11 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
     Returns
     -------
     log_likelihood
-        ``log p(x | z)`` of each observed site by name, nats, ``[n]``.
+        ``log p(x | z)`` of each observed site by name, nats, ``[n]``; and minus each ``pyro.factor`` of the guide,
+        which is of ``log q``.
     kl
         ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
-        ``log q(z) - log p(z)`` of the draw.
+        ``E log q(z) - log p(z)`` of the draw, where the first term is in closed form or of the draw too.
     """
     q, p = _traces(program, batch)
     log_likelihood, kl = {}, {}
@@ -60,7 +61,10 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
             divergence = kl_divergence(q.nodes[name]["fn"], site["fn"])
             kl[name] = scale_and_mask(divergence, site["scale"], site["mask"])
         except NotImplementedError:
-            kl[name] = _log_prob(q.nodes[name]) - _log_prob(site)
+            kl[name] = _mean_log_prob(q.nodes[name]) - _log_prob(site)
+    for name, site in _sites(q):
+        if name not in p.nodes:
+            log_likelihood[name] = -_log_prob(site)
     return log_likelihood, kl
 
 
@@ -110,6 +114,18 @@ def _sites(trace: Trace) -> list[tuple[str, dict]]:
 
 def _log_prob(site: dict) -> Tensor:
     return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+
+
+def _mean_log_prob(site: dict) -> Tensor:
+    """``E_q log q``: less the entropy where that has a closed form, else ``log q`` of the draw.
+
+    For normals both have the same gradient, but the first needs no solution of a triangular system, which is without a
+    digit where the covariance is nearly singular.
+    """
+    try:
+        return scale_and_mask(-site["fn"].entropy(), site["scale"], site["mask"])
+    except NotImplementedError:
+        return _log_prob(site)
 
 
 def _log_weight(q: Trace, p: Trace) -> Tensor:

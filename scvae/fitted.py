@@ -339,20 +339,30 @@ class Fitted:
             cells, lambda batch: torch.cat([p.reshape(len(p), -1) for p in answers(batch).values()], 1)
         )
         parts = np.split(written, np.cumsum(widths)[:-1], axis=1)
+        obs: dict[str, Any] = {}
+        obsm: dict[str, np.ndarray] = {}
+        for (name, like), part in zip(first.items(), parts, strict=True):
+            if like.dim() > 1:
+                obsm[f"{self.key_added}_{name}" if name else self.key_added] = part.copy()
+            elif like.dtype.is_floating_point:
+                obs[f"scvae_{name}"] = part[:, 0]
+            else:
+                obs[f"scvae_{name}"] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
         with _own(adata):
-            for stale in [column for column in adata.obs if str(column).startswith("scvae_")]:  # of an earlier fit
-                del adata.obs[stale]
-            for (name, like), part in zip(first.items(), parts, strict=True):
-                if like.dim() > 1:
-                    adata.obsm[f"{self.key_added}_{name}" if name else self.key_added] = part.copy()
-                elif like.dtype.is_floating_point:
-                    adata.obs[f"scvae_{name}"] = part[:, 0]
-                else:
-                    adata.obs[f"scvae_{name}"] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
+            before = adata.uns.get("scvae", {})
+            for stale in before.get("obs", ()):  # of an earlier fit
+                adata.obs.drop(columns=stale, errors="ignore", inplace=True)
+            for stale in before.get("obsm", ()) if before.get("key_added") == self.key_added else ():
+                adata.obsm.pop(stale, None)
+            for name, column in obs.items():
+                adata.obs[name] = column
+            adata.obsm.update(obsm)
             adata.uns["scvae"] = {
                 "version": version("scvae-pyro"),
                 "program": self.program.name,
                 "key_added": self.key_added,
+                "obs": np.asarray(list(obs), dtype=object),
+                "obsm": np.asarray(list(obsm), dtype=object),
                 "options": {k: v for k, v in self.program.options.items() if v is not None},
                 "training": {k: v for k, v in self.training.items() if v is not None},
                 "schema": {

@@ -1,0 +1,5 @@
+"""What is computed from a representation of the cells, written to the AnnData as scanpy's ``tl`` does."""
+
+from scvae.tl.clustering import cluster
+
+__all__ = ["cluster"]
