@@ -1,7 +1,8 @@
-"""The command line: ``scvae fit``, ``scvae embed``, ``scvae demo``; also ``python -m scvae``."""
+"""The command line: ``scvae fit``, ``embed``, ``cluster``, ``compare`` and ``demo``; also ``python -m scvae``."""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from enum import StrEnum
@@ -52,6 +53,20 @@ class Library(StrEnum):
     size_factor = "size_factor"
 
 
+class Method(StrEnum):
+    """How cells are clustered."""
+
+    mixture = "mixture"
+    kmeans = "kmeans"
+
+
+class Covariance(StrEnum):
+    """Form of the covariances of a Gaussian mixture."""
+
+    full = "full"
+    diagonal = "diagonal"
+
+
 class UnknownBatch(StrEnum):
     """What to do with batches that the model has not seen."""
 
@@ -98,8 +113,15 @@ def fit(
     input: Input,
     output: Output = None,
     model: Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")] = None,
+    program: Annotated[
+        str, typer.Option(help="zinb (counts), gaussian (real numbers), vq (counts, discrete codes), vq_gaussian.")
+    ] = "zinb",
     batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
     layer: Layer = None,
+    use_rep: Annotated[
+        str | None,
+        typer.Option(help="Key of .obsm to model in place of the genes, such as X_pca.", show_default=False),
+    ] = None,
     categorical_covariate_key: Annotated[
         list[str] | None, typer.Option(help="Further categorical column of .obs to correct for; repeatable.")
     ] = None,
@@ -118,10 +140,24 @@ def fit(
     ] = "auto",
     all_genes: Annotated[bool, typer.Option("--all-genes", help="Model every gene; overrides --mask-var.")] = False,
     n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the embedding.")] = 10,
-    likelihood: Annotated[Likelihood, typer.Option(help="Likelihood of the counts.")] = Likelihood.zinb,
+    posterior: Annotated[
+        str | None,
+        typer.Option(help="normal, full, low_rank, iaf or iaf_stable. [default: normal]", show_default=False),
+    ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="normal, mixture (which clusters the cells) or vamp. [default: normal]", show_default=False),
+    ] = None,
+    likelihood: Annotated[
+        Likelihood | None, typer.Option(help="Likelihood of the counts. [default: zinb]", show_default=False)
+    ] = None,
     dispersion: Annotated[
-        Dispersion, typer.Option(help="One inverse dispersion a gene, a gene and batch, or a gene and cell.")
-    ] = Dispersion.gene,
+        Dispersion | None,
+        typer.Option(
+            help="One inverse dispersion a gene, a gene and batch, or a gene and cell. [default: gene]",
+            show_default=False,
+        ),
+    ] = None,
     library: Annotated[
         Library | None,
         typer.Option(
@@ -136,6 +172,13 @@ def fit(
     weight_decay: Annotated[
         float, typer.Option(min=0, help="How strongly the decoder's weights are held back; lower mixes batches more.")
     ] = 1.0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Any other option of the program or of the training, such as n_hidden=64; repeatable.",
+        ),
+    ] = None,
     max_epochs: Annotated[
         int | None,
         typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
@@ -162,6 +205,10 @@ def fit(
       scvae fit cells.h5ad --layer counts --likelihood nb --output out.h5ad
 
       scvae fit cells.h5ad --categorical-covariate-key donor --model model
+
+      scvae fit cells.h5ad --prior mixture --option n_components=20 --output out.h5ad
+
+      scvae fit cells.h5ad --program gaussian --use-rep X_pca --batch-key batch --output out.h5ad
     """
     if output is None and model is None:
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
@@ -169,11 +216,17 @@ def fit(
     _check_folder(model, "--model")
     if model is not None and model.exists() and not overwrite:
         raise FileExistsError(f"--model {model} exists: name another folder, or add --overwrite")
-    options: dict[str, Any] = {} if library is None else {"library": library.value}
+    named = {"posterior": posterior, "prior": prior, "likelihood": likelihood, "dispersion": dispersion}
+    options: dict[str, Any] = {
+        **{name: str(value) for name, value in {**named, "library": library}.items() if value is not None},
+        **dict(_option(text) for text in option or ()),
+    }
     adata = _read(input)
     fitted = scvae.fit(
         adata,
+        program,
         layer=layer,
+        use_rep=use_rep,
         batch_key=batch_key,
         categorical_covariate_keys=categorical_covariate_key or (),
         continuous_covariate_keys=continuous_covariate_key or (),
@@ -186,8 +239,6 @@ def fit(
         seed=seed,
         key_added=key_added,
         check_counts=check_counts,
-        likelihood=likelihood.value,
-        dispersion=dispersion.value,
         kl_weight=kl_weight,
         weight_decay=weight_decay,
         **options,
@@ -235,6 +286,128 @@ def embed(
 
 
 @app.command()
+def cluster(
+    input: Annotated[Path, typer.Argument(metavar="IN.h5ad", help="AnnData file with an embedding in .obsm.")],
+    n_clusters: Annotated[int, typer.Option(min=1, help="Number of clusters.")],
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its clusters.")],
+    use_rep: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
+    method: Annotated[
+        Method, typer.Option(help="A Gaussian mixture, which gives probabilities too, or k-means.")
+    ] = Method.mixture,
+    covariance: Annotated[
+        Covariance, typer.Option(help="Covariances of the mixture; diagonal for many dimensions or few cells.")
+    ] = Covariance.full,
+    n_starts: Annotated[int, typer.Option(min=1, help="Runs, of which the best is kept.")] = 5,
+    max_iter: Annotated[int, typer.Option(min=1, help="Iterations of a run at most.")] = 300,
+    tol: Annotated[
+        float, typer.Option(min=0, help="Change at which a run stops: nats per cell, or part of the loss of k-means.")
+    ] = 1e-4,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same clusters.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
+    key_added: Annotated[str, typer.Option(help="Key of the clusters in .obs.")] = "cluster",
+) -> None:
+    """Cluster cells in an embedding, by a Gaussian mixture or by k-means.
+
+    The output is the input with .obs["cluster"], .obsm["cluster_probability"] (mixture) and
+    .uns["cluster"].
+
+    For example:
+
+      scvae cluster out.h5ad --n-clusters 8 --output clusters.h5ad
+
+      scvae cluster pca.h5ad --n-clusters 8 --use-rep X_pca --method kmeans --output clusters.h5ad
+    """
+    from scvae import tl
+
+    _check_folder(output, "--output")
+    adata = _read(input)
+    tl.cluster(
+        adata,
+        n_clusters,
+        use_rep=use_rep,
+        method=method.value,
+        covariance=covariance.value,
+        n_starts=n_starts,
+        max_iter=max_iter,
+        tol=tol,
+        seed=seed,
+        device=device,
+        key_added=key_added,
+    )
+    adata.write_h5ad(output)
+    typer.echo(f'clusters: .obs["{key_added}"] in {output}')
+
+
+@app.command()
+def compare(
+    input: Input,
+    configurations: Annotated[
+        Path, typer.Argument(metavar="CONFIGURATIONS.json", help="The options of each model, by a name of your choice.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Where to write the table (.csv).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the differences (.png, .pdf, .svg).")] = None,
+    batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
+    layer: Layer = None,
+    test_fraction: Annotated[float, typer.Option(help="Fraction of the cells to test, drawn from all batches.")] = 0.1,
+    split_key: Annotated[
+        str | None, typer.Option(help="Column of .obs that says train or test, in place of a random split.")
+    ] = None,
+    n_samples: Annotated[int, typer.Option(min=1, help="Importance samples for each test cell.")] = 256,
+    max_epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
+) -> None:
+    """Fit several models to the same cells, and rank them by the likelihood of the same other cells.
+
+    The file of configurations holds the options of scvae.fit for each model; they override those given here:
+
+      {"nb": {"likelihood": "nb"}, "zinb, 20 dimensions": {"n_latent": 20}}
+
+    The table has the log likelihood of the test cells (importance-weighted, nats a cell), the paired difference to
+    the best, and standard errors of both; the ELBO of test and training cells; seconds and parameters.
+
+    For example:
+
+      scvae compare cells.h5ad configurations.json --output table.csv
+
+      scvae compare cells.h5ad configurations.json --figure compare.png
+    """
+    from scvae import comparing, pl
+
+    _check_folder(output, "--output")
+    _check_folder(figure, "--figure")
+    if figure is not None:
+        pl._pyplot()  # better to say that it is missing before the fits
+    given = _read_json(configurations)
+    adata = _read(input)
+    try:
+        table = comparing.compare(
+            adata,
+            given,
+            test_fraction=test_fraction,
+            split_key=split_key,
+            n_samples=n_samples,
+            seed=seed,
+            layer=layer,
+            batch_key=batch_key,
+            max_epochs=max_epochs,
+            device=device,
+        )
+    except TypeError as error:  # an option that is not known
+        raise ValueError(f"{configurations}: {error}") from error
+    typer.echo(table.round(2).to_string())
+    if output is not None:
+        table.to_csv(output)
+        typer.echo(f"table: {output}")
+    if figure is not None:
+        pl.compare(table).figure.savefig(figure, dpi=150, bbox_inches="tight")
+        typer.echo(f"figure: {figure}")
+
+
+@app.command()
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("scvae_demo"),
 ) -> None:
@@ -242,6 +415,17 @@ def demo(
     from scvae.demo import demo
 
     demo(output_dir)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """Read ``name=value``; the value is a number, true, false or null as in JSON, or else a word."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise typer.BadParameter(f"--option {text!r} is not of the form NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _read(path: Path) -> AnnData:
@@ -253,6 +437,15 @@ def _read(path: Path) -> AnnData:
         return anndata.read_h5ad(path)
     except OSError as error:
         raise ValueError(f"{path} is not an .h5ad file, or is damaged: {error}") from error
+
+
+def _read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
 
 
 def _check_folder(path: Path | None, option: str) -> None:

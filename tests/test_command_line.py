@@ -92,14 +92,23 @@ def test_every_option_reaches_the_function(run, monkeypatch):
         def save(self, path, **how):
             passed.update(path=path, **how)
 
-    monkeypatch.setattr(scvae, "fit", lambda adata, **options: passed.update(options) or Model())
+    monkeypatch.setattr(
+        scvae, "fit", lambda adata, program, **options: passed.update(options, program=program) or Model()
+    )
     code, _, err = run(
         "fit", DATA, "--model", "model", "--layer", "counts",
         "--categorical-covariate-key", "donor", "--categorical-covariate-key", "sex",
         "--continuous-covariate-key", "age", "--size-factor-key", "size", "--mask-var", "chosen",
-        "--no-check-counts", "--overwrite",
+        "--no-check-counts", "--overwrite", "--program", "vq", "--use-rep", "panel", "--posterior", "iaf",
+        "--prior", "vamp", "--likelihood", "nb", "--dispersion", "gene-batch", "--option", "n_hidden=64",
+        "--option", "encode_covariates=false", "--option", "noise=gene", "--option", "noise_scale=null",
     )  # fmt: skip
     assert (code, err) == (0, "")
+    assert (passed["program"], passed["use_rep"]) == ("vq", "panel")
+    assert (passed["posterior"], passed["prior"]) == ("iaf", "vamp")
+    assert (passed["likelihood"], passed["dispersion"]) == ("nb", "gene-batch")
+    assert (passed["n_hidden"], passed["encode_covariates"]) == (64, False)
+    assert (passed["noise"], passed["noise_scale"]) == ("gene", None)
     assert passed["layer"] == "counts"
     assert list(passed["categorical_covariate_keys"]) == ["donor", "sex"]
     assert list(passed["continuous_covariate_keys"]) == ["age"]
@@ -108,8 +117,17 @@ def test_every_option_reaches_the_function(run, monkeypatch):
     assert passed["check_counts"] is False
     assert passed["overwrite"] is True
     assert "library" not in passed  # so that the size factors imply it
+    passed.clear()
     assert run("fit", DATA, "--model", "model", "--all-genes")[0] == 0
     assert passed["mask_var"] is None
+    assert not {"posterior", "prior", "likelihood", "dispersion", "library"} & passed.keys()
+
+
+@pytest.mark.parametrize("text", ["n_hidden", "=64", "n-hidden=64"])
+def test_an_option_without_name_or_value_is_refused(run, no_fit, text):
+    code, _, err = run("fit", DATA, "--model", "model", "--option", text)
+    assert code == 2
+    assert "NAME=VALUE" in err
 
 
 def test_fit_refuses_to_keep_nothing(run, no_fit):
