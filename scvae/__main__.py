@@ -139,14 +139,17 @@ def fit(
         ),
     ] = "auto",
     all_genes: Annotated[bool, typer.Option("--all-genes", help="Model every gene; overrides --mask-var.")] = False,
-    n_latent: Annotated[int, typer.Option(min=1, help="Dimensions of the embedding.")] = 10,
+    n_latent: Annotated[
+        int | None,
+        typer.Option(min=1, help="Dimensions of the embedding. [default: 20, of zinb]", show_default=False),
+    ] = None,
     posterior: Annotated[
         str | None,
         typer.Option(help="normal, full, low_rank, iaf or iaf_stable. [default: normal]", show_default=False),
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="normal, mixture (which clusters the cells) or vamp. [default: normal]", show_default=False),
+        typer.Option(help="normal, mixture (which clusters the cells) or vamp. [default: vamp]", show_default=False),
     ] = None,
     likelihood: Annotated[
         Likelihood | None, typer.Option(help="Likelihood of the counts. [default: zinb]", show_default=False)
@@ -171,7 +174,7 @@ def fit(
     ] = 1.0,
     weight_decay: Annotated[
         float, typer.Option(min=0, help="How strongly the decoder's weights are held back; lower mixes batches more.")
-    ] = 1.0,
+    ] = 1.2,
     option: Annotated[
         list[str] | None,
         typer.Option(

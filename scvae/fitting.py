@@ -31,7 +31,7 @@ def fit(
     size_factor_key: str | None = None,
     mask_var: str | None = "auto",
     check_counts: bool = True,
-    n_latent: int = 10,
+    n_latent: int | None = None,
     max_epochs: int | None = None,
     batch_size: int = 128,
     device: str = "auto",
@@ -65,7 +65,7 @@ def fit(
     check_counts
         False accepts counts that are not whole numbers (corrected for ambient RNA, say).
     n_latent
-        Dimensions of the latent space.
+        Dimensions of the latent space; by default what the program takes, 20 of ``"zinb"``.
     max_epochs
         Passes through the cells; by default as many as make a fixed number of steps.
     batch_size
@@ -109,7 +109,7 @@ def fit(
     >>> adata = scvae.datasets.simulated_batches(n_cells=200, n_genes=50, seed=0)
     >>> model = scvae.fit(adata, batch_key="batch", max_epochs=2, progress=False)
     >>> adata.obsm["X_scvae"].shape
-    (200, 10)
+    (200, 20)
     """
     if not isinstance(adata, AnnData):
         raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
@@ -126,8 +126,12 @@ def fit(
         **{name: options.pop(name) for name in list(options) if name in training_names},
     )
     if size_factor_key is not None:
+        if kind.kind != "counts":
+            raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models real numbers.")
         options.setdefault("library", "size_factor")
-    _check_options(kind, {"n_latent": n_latent, **options}, training_names)
+    if n_latent is not None:
+        options["n_latent"] = n_latent
+    _check_options(kind, options, training_names)
     schema = read_schema(
         adata,
         kind=kind.kind,
@@ -141,7 +145,7 @@ def fit(
         check_counts=check_counts,
     )
     with seeded(seed, where):
-        made = kind(schema, n_latent=n_latent, **options)
+        made = kind(schema, **options)
         cells = read_cells(adata, schema, device=where)
         if kind.kind == "counts" and (unexpressed := cells.unexpressed()):
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)

@@ -110,7 +110,7 @@ class VampPrior(nn.Module):
     Tomczak and Welling 2018, VAE with a VampPrior, AISTATS, equations 9 and 10.
     """
 
-    def __init__(self, n_latent: int, n_components: int = 30, *, n_in: int, n_covariates: int) -> None:
+    def __init__(self, n_latent: int, n_components: int = 50, *, n_in: int, n_covariates: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(n_components))
         self.inputs = nn.Parameter(torch.zeros(n_components, n_in))

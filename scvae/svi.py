@@ -54,7 +54,7 @@ class Training:
     max_epochs: int | None = None
     batch_size: int = 128
     learning_rate: float = 1e-2
-    weight_decay: float = 1.0
+    weight_decay: float = 1.2
     kl_weight: float = 1.0
     kl_warmup: float = 0.3
     validation_fraction: float = 0.0
@@ -122,7 +122,8 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     -------
     dict
         ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with validation, ``validation_elbo``: at each evaluation,
-        nats per cell, the training ones averaged since the evaluation before. ``stopped``: why training ended.
+        nats per cell, the training ones averaged since the evaluation before; and what the program monitors, by name.
+        ``stopped``: why training ended.
 
     Raises
     ------
@@ -165,6 +166,8 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 history["elbo"].append(mean_log_likelihood - mean_kl)
                 history["log_likelihood"].append(mean_log_likelihood)
                 history["kl"].append(mean_kl)
+                for name, value in program.monitored().items():
+                    history.setdefault(name, []).append(float(value))
                 shown = {"elbo": f"{history['elbo'][-1]:.1f}"}
                 if validation is not None:
                     history["validation_elbo"].append(validation)

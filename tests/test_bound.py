@@ -73,7 +73,7 @@ def small_program(library, guide):
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(1)
         schema = Schema(tuple("abcdefgh"), batch_key="s", categories={"s": ("0", "1")}, continuous={})
-        program = ZINB(schema, n_latent=1, n_hidden=32, n_layers=1, library=library, encode_covariates=True).eval()
+        program = ZINB(schema, n_latent=1, n_hidden=32, n_layers=1, library=library, prior="normal").eval()
         with torch.no_grad():
             set_decoder(program)
             program.m.copy_(torch.tensor([6.0, 5.5]))

@@ -82,7 +82,7 @@ def test_embed_refuses_new_batches_and_missing_genes_unless_told(run, tmp_path):
     assert (code, "gene_0" in err) == (1, True)
     assert not (tmp_path / "out.h5ad").exists()
     assert run(*embed, "--missing-genes", "zero", "--unknown-batch", "ignore")[0] == 0
-    assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_new"].shape == (400, 10)
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_new"].shape == (400, 20)
 
 
 def test_every_option_reaches_the_function(run, monkeypatch):

@@ -25,7 +25,7 @@ def test_scanpy_opens_the_file_and_goes_on_from_it(shown):
     adata = sc.read_h5ad(folder / "pbmc68k.h5ad")
     assert adata.shape == (700, 765)
     assert adata.obs["held_out"].sum() == 70
-    assert adata.obsm["X_scvae"].shape == (700, 10)
+    assert adata.obsm["X_scvae"].shape == (700, 20)
     assert {"cell_type", "leiden", "kmeans"} <= set(adata.obs)
     assert adata.uns["scvae"]["program"] == "zinb"
     sc.tl.rank_genes_groups(adata, "leiden", method="t-test", layer=None, use_raw=False)

@@ -105,7 +105,8 @@ def test_the_result_is_written_to_a_layer_with_nan_where_there_is_none(adata, fi
 # ---- New cells ---------------------------------------------------------------------------------------------
 
 
-def test_generated_cells_are_counts_of_the_genes_and_batches_of_the_model(adata, model):
+def test_generated_cells_are_counts_of_the_genes_and_batches_of_the_model(adata, fit):
+    model = fit(adata, batch_key="batch", prior="normal")
     new = model.generate(1500)
     assert new.shape == (1500, 24)
     assert isinstance(new.X, sparse.csr_matrix)

@@ -18,6 +18,11 @@ import scvae
 
 SETTINGS: dict[str, dict] = {
     "default": {},
+    "prior normal": {"prior": "normal"},
+    "prior normal, n_latent 10": {"prior": "normal", "n_latent": 10},
+    "prior mixture": {"prior": "mixture"},
+    "n_components 30": {"n_components": 30},
+    "n_components 100": {"n_components": 100},
     "weight_decay 0": {"weight_decay": 0.0},
     "weight_decay 2": {"weight_decay": 2.0},
     "kl_weight 0.1": {"kl_weight": 0.1},
@@ -25,8 +30,8 @@ SETTINGS: dict[str, dict] = {
     "learning_rate 3e-3": {"learning_rate": 3e-3},
     "n_layers 1": {"n_layers": 1},
     "n_layers 3": {"n_layers": 3},
-    "n_latent 5": {"n_latent": 5},
-    "n_latent 20": {"n_latent": 20},
+    "n_latent 10": {"n_latent": 10},
+    "n_latent 30": {"n_latent": 30},
     "dropout_rate 0.2": {"dropout_rate": 0.2},
     "encode_covariates False": {"encode_covariates": False},
     "batch_size 64": {"batch_size": 64},

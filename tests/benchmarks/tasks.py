@@ -22,7 +22,9 @@ from data import N_GENES, simulated
 
 warnings.simplefilter("ignore")
 N_HIDDEN, N_LATENT, N_CELLS = 128, 10, 128  # the architecture that is compared: one layer, minibatches of 128
-SAME = dict(n_layers=1, library="observed", encode_covariates=False, n_hidden=N_HIDDEN, n_latent=N_LATENT)
+SAME = dict(
+    n_layers=1, library="observed", encode_covariates=False, n_hidden=N_HIDDEN, n_latent=N_LATENT, prior="normal"
+)
 
 
 def peak_above(before: int) -> int:
