@@ -149,7 +149,7 @@ def fit(
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="normal, mixture (which clusters the cells) or vamp. [default: vamp]", show_default=False),
+        typer.Option(help="normal, mixture (which clusters the cells) or vamp. [default: mixture]", show_default=False),
     ] = None,
     likelihood: Annotated[
         Likelihood | None, typer.Option(help="Likelihood of the counts. [default: zinb]", show_default=False)

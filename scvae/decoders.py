@@ -131,7 +131,7 @@ class RealDecoder(nn.Module):
             )
         if noise_scale is not None and not noise_scale > 0:
             raise ValueError(f"noise_scale is above 0, not {noise_scale}.")
-        self.schema, self.noise_scale = schema, noise_scale
+        self.schema, self.noise, self.noise_scale = schema, noise, noise_scale
         n_genes = len(schema.genes)
         self.layers = Layers(n_latent, schema.n_covariates, n_hidden, n_layers)
         self.f = LinearWithCovariates(self.layers.n_out, schema.n_covariates, n_genes)
@@ -159,12 +159,15 @@ class RealDecoder(nn.Module):
                 own, _ = cells.moments((s == k).nonzero().squeeze(-1))
                 self.f.covariates[k] = (own - self.mean) / self.scale
         if self.noise_scale is None:
-            at = self.scale if len(self.raw_noise) > 1 else self.unit.unsqueeze(0)
-            self.raw_noise.copy_(torch.log(torch.expm1(at / self.unit)))
+            self.raw_noise.fill_(_NOISE_START)
 
     def standardised(self, x: Tensor) -> Tensor:
-        """Return values with mean 0 and standard deviation 1 of each gene, ``[n, G]``."""
-        return (x - self.mean) / self.scale
+        """Return values with mean 0 and standard deviation 1 of each gene, ``[n, G]``.
+
+        A gene that does not vary in the data is divided by the unit: in other cells it may vary.
+        """
+        varies = self.scale > 2 * _LEAST_NOISE * self.unit
+        return (x - self.mean) / torch.where(varies, self.scale, self.unit)
 
     def sigma(self) -> Tensor:
         """Return the standard deviation of the noise, in the units of the data, ``[G]`` or ``[1]``.
@@ -173,7 +176,8 @@ class RealDecoder(nn.Module):
         """
         if self.noise_scale is not None:
             return self.unit.new_full((1,), self.noise_scale)
-        return self.unit * (softplus(self.raw_noise) + _LEAST_NOISE)
+        own = self.unit if self.noise == "shared" else self.scale
+        return own * softplus(self.raw_noise) + _LEAST_NOISE * self.unit
 
     def loc(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the mean, ``[n, G]``."""
@@ -191,6 +195,7 @@ class RealDecoder(nn.Module):
 _GATE_START = -2.0  # a prior guess of 12 % dropout
 _LEAST_NOISE = 1e-3  # in units of the data's standard deviation
 _LEAST_UNIT = 1e-6
+_NOISE_START = 0.5413  # softplus: 1, all that varies
 
 
 def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:

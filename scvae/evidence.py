@@ -45,8 +45,8 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
     Returns
     -------
     log_likelihood
-        ``log p(x | z)`` of each observed site by name, nats, ``[n]``; and minus each ``pyro.factor`` of the guide,
-        which is of ``log q``.
+        ``log p(x | z)`` of each observed site by name, nats, ``[n]``; and what the guide alone declares
+        (``pyro.factor``), with a minus, as it is a part of ``log q``.
     kl
         ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
         ``E log q(z) - log p(z)`` of the draw, where the first term is in closed form or of the draw too.

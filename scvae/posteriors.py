@@ -21,7 +21,7 @@ from pyro.distributions import (
 from pyro.distributions.transforms import ConditionalAffineAutoregressive
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
-from torch.distributions import Independent, register_kl
+from torch.distributions import AffineTransform, Independent, register_kl
 from torch.nn.functional import softplus
 
 __all__ = ["IAF", "POSTERIORS", "DiagonalNormal", "FullNormal", "LowRankNormal", "posterior_of"]
@@ -71,12 +71,13 @@ class FullNormal(nn.Module):
         self.scale = nn.Linear(n_in, n_latent)
         below = torch.tril_indices(n_latent, n_latent, -1)
         self.register_buffer("below", below, persistent=False)
-        self.off_diagonal = _small(nn.Linear(n_in, below.shape[1]))
+        self.off_diagonal = _small(nn.Linear(n_in, below.shape[1])) if n_latent > 1 else None
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        tril = torch.diag_embed(softplus(self.scale(h)) + _MIN_SCALE)
-        if self.below.shape[1]:
-            tril[:, self.below[0], self.below[1]] = self.off_diagonal(h)
+        scale = softplus(self.scale(h)) + _MIN_SCALE
+        tril = torch.diag_embed(scale)
+        if self.off_diagonal is not None:
+            tril[:, self.below[0], self.below[1]] = scale[:, self.below[0]] * self.off_diagonal(h)
         return self.loc(h), tril
 
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +110,8 @@ class LowRankNormal(nn.Module):
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = softplus(self.scale(h)) + _MIN_SCALE
-        return self.loc(h), self.factor(h).unflatten(-1, (-1, self.rank)), scale**2
+        factor = scale.unsqueeze(-1) * self.factor(h).unflatten(-1, (-1, self.rank))
+        return self.loc(h), factor, scale**2
 
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each ``[n, n_latent]``."""
@@ -143,7 +145,8 @@ class IAF(nn.Module):
 
     Notes
     -----
-    The moments have no closed form: they are those of 32 points of a low-discrepancy sequence, the same for all cells.
+    The moments have no closed form: they are those of 64 points, a low-discrepancy sequence and its mirror image, the
+    same for all cells.
 
     References
     ----------
@@ -163,35 +166,51 @@ class IAF(nn.Module):
         order = torch.arange(n_latent)
         self.flows = nn.ModuleList()
         for step in range(flow_depth):
-            network = ConditionalAutoRegressiveNN(
+            network = _Autoregressive(
                 n_latent,
                 flow_width,
                 [flow_width],
                 permutation=order.flip(0) if step % 2 else order,
-                nonlinearity=nn.ELU(),
+                nonlinearity=nn.SiLU(),
             )
+            _curved(network.layers[0], n_latent)
             _small(network.layers[-1])
             self.flows.append(ConditionalAffineAutoregressive(network, stable=stable, sigmoid_bias=_GATE_BIAS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             points = torch.quasirandom.SobolEngine(n_latent, scramble=True, seed=0).draw(_N_POINTS)
-        points = torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6)).float()
-        self.register_buffer("points", points.unsqueeze(1), persistent=False)  # [n_points, 1, n_latent]
+        points = torch.special.ndtri(points.double().clamp(1e-6, 1 - 1e-6))
+        points = torch.cat([points, -points])
+        points = points / points.square().mean(0).sqrt()  # so that a flow that does not bend has the right moments
+        self.register_buffer("points", points.float().unsqueeze(1), persistent=False)  # [n_points, 1, n_latent]
 
     def _steps(self, h: Tensor) -> list[Any]:
         context = self.context(h)
-        return [flow.condition(context) for flow in self.flows]
+        loc, scale = self.base.moments(h)
+        start = AffineTransform(loc, scale, event_dim=1, cache_size=1)
+        return [*(flow.condition(context) for flow in self.flows), start]
 
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each ``[n, n_latent]``."""
-        loc, scale = self.base.moments(h)
-        z = loc + scale * self.points
+        z = self.points.expand(-1, len(h), -1)
         for step in self._steps(h):
             z = step(z)
-        return z.mean(0), z.std(0)
+        return z.mean(0), z.std(0, correction=0)
 
     def forward(self, h: Tensor) -> TorchDistribution:  # noqa: D102
-        return TransformedDistribution(self.base(h), self._steps(h))
+        steps = self._steps(h)
+        return TransformedDistribution(Normal(torch.zeros_like(steps[-1].loc), 1.0).to_event(1), steps)
+
+
+class _Autoregressive(ConditionalAutoRegressiveNN):
+    """Pyro's network, with its second answer (log scale, or logit of the gate) kept within bounds, smoothly.
+
+    Without bounds a single step that goes too far leaves scales of the flow from which training does not come back.
+    """
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = super().forward(x, context)
+        return loc, _BOUND * torch.tanh(scale / _BOUND)
 
 
 #: The families by name.
@@ -204,8 +223,9 @@ POSTERIORS: dict[str, Any] = {
 }
 
 _MIN_SCALE = 1e-4  # of a normal
-_GATE_BIAS = 2.0  # of the stable form: at the start it keeps 88 % of what comes in
-_N_POINTS = 32
+_GATE_BIAS = 1.0  # of the stable form: at the start it keeps 73 % of what comes in
+_BOUND = 2.0  # of the log scale: a step shrinks or stretches a dimension by up to 7
+_N_POINTS = 32  # and as many mirrored
 
 
 def posterior_of(name: str, n_in: int, n_latent: int, **options: int | None) -> nn.Module:
@@ -234,6 +254,14 @@ def _small(layer: nn.Linear) -> nn.Linear:
         layer.weight.mul_(0.1)
         layer.bias.zero_()
     return layer
+
+
+def _curved(layer: nn.Linear, n_latent: int) -> None:
+    """Let a first layer bend within the range of a standard normal: its last inputs are such, and not all masked."""
+    with torch.no_grad():
+        bound = 2 / layer.mask[:, -n_latent:].sum(1, keepdim=True).clamp(min=1).sqrt()
+        layer.weight[:, -n_latent:] = bound * (2 * torch.rand(len(bound), n_latent) - 1)
+        layer.bias.uniform_(-2, 2)
 
 
 @register_kl(MultivariateNormal, Independent)

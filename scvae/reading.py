@@ -212,6 +212,10 @@ def _representation(adata: AnnData, use_rep: str) -> pd.DataFrame:
         values = pd.DataFrame(values, columns=[f"{use_rep}_{i}" for i in range(values.shape[1])])
     if not all(dtype.kind in "biuf" for dtype in values.dtypes):
         raise ValueError(f"adata.obsm[{use_rep!r}] is not numeric.")
+    if not values.shape[1]:
+        raise ValueError(f"adata.obsm[{use_rep!r}] has no columns.")
+    if not values.columns.is_unique:
+        raise ValueError(f"adata.obsm[{use_rep!r}] has repeats, {some(values.columns[values.columns.duplicated()])}.")
     return values
 
 

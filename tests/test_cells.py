@@ -82,7 +82,7 @@ def test_padding_counts_for_nothing(adata, surplus):
     assert torch.equal(padded.counts.dense(), plain.counts.dense())
     assert torch.equal(padded.counts.offsets, plain.counts.offsets)
     assert torch.equal(padded.library_size, plain.library_size)
-    program = ZINB(schema, n_hidden=8, prior="normal")  # a VampPrior sees running averages, which move
+    program = ZINB(schema, n_hidden=8)
     program.initialise(cells)
     answers = []
     for batch in (plain, padded):

@@ -2,9 +2,10 @@
 
 from scvae.programs.gaussian import Gaussian
 from scvae.programs.program import Program
+from scvae.programs.vq import VQ, VQGaussian
 from scvae.programs.zinb import ZINB
 
 #: The programs that :func:`scvae.fit` knows by name.
-PROGRAMS: dict[str, type[Program]] = {program.name: program for program in (ZINB, Gaussian)}
+PROGRAMS: dict[str, type[Program]] = {program.name: program for program in (ZINB, Gaussian, VQ, VQGaussian)}
 
-__all__ = ["PROGRAMS", "ZINB", "Gaussian", "Program"]
+__all__ = ["PROGRAMS", "VQ", "ZINB", "Gaussian", "Program", "VQGaussian"]

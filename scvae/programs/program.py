@@ -61,6 +61,10 @@ class Program(nn.Module, ABC):
         """Return the weights that training shrinks by ``weight_decay``; by default none."""
         return []
 
+    def monitored(self) -> dict[str, Tensor]:
+        """Return numbers by name that the history is to hold at each evaluation, beside the ELBO; by default none."""
+        return {}
+
     def library(self, batch: Batch) -> Tensor:
         """Return the library size by which the decoded fractions are multiplied, ``[n]``."""
         return batch.library_size

@@ -9,7 +9,8 @@ Generative process, for each cell with batch :math:`s` (and any further covariat
     x_g &\sim \mathrm{ZINB}(\text{mean} = l \rho_g,\ \text{inverse dispersion} = \theta_g,\ \text{gate} = \pi_g)
 
 :math:`m_s, v_s` are mean and variance of the log library size in batch :math:`s`. In the paper
-:math:`p(z) = \mathcal N(0, I_d)`, which is ``prior="normal"``; the default is a VampPrior.
+:math:`p(z) = \mathcal N(0, I_d)`, which is ``prior="normal"``; the default is a mixture of
+normals.
 
 Guide: :math:`q(z, l \mid x, s) = \mathcal N(z; \mu(x, s), \sigma(x, s)^2)\, \mathrm{LogNormal}(l; \log \textstyle\sum_g
 x_g + \delta(x, s), \tau(x, s)^2)`. The network answers for the *difference* :math:`\delta` of the library latent from
@@ -70,9 +71,7 @@ class ZINB(Program):
     flow_depth, flow_width
         Steps of an IAF posterior, and hidden units of each.
     prior
-        ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.priors`). The mixture clusters the cells. By default
-        ``"vamp"``, which did best on real cells, or ``"mixture"`` with an IAF posterior, which ``"vamp"`` does not go
-        with.
+        ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.priors`). The mixture clusters the cells.
     n_components
         Components of a mixture or VampPrior.
 
@@ -99,10 +98,9 @@ class ZINB(Program):
         posterior: str = "normal",
         flow_depth: int | None = None,
         flow_width: int | None = None,
-        prior: str | None = None,
+        prior: str = "mixture",
         n_components: int | None = None,
     ) -> None:
-        prior = prior or ("mixture" if posterior.startswith("iaf") else "vamp")
         super().__init__(
             schema,
             n_latent=n_latent,
@@ -206,13 +204,18 @@ class ZINB(Program):
             return batch.library_size
         if self.library_kind == "size_factor":
             return batch.size_factor * self.unit
-        loc, scale = self.q_log_l(self.encode(batch), batch)
+        return self.mean_l(self.encode(batch), batch)
+
+    def mean_l(self, h: Tensor, batch: Batch) -> Tensor:
+        """Return the posterior mean of ``l``, ``[n]``."""
+        loc, scale = self.q_log_l(h, batch)
         return (loc + scale**2 / 2).exp()
 
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
         """Return the posterior mean of ``l``, ``[n]``, where it is latent, and what the prior says of ``z``."""
-        library = {"library": self.library(batch)} if self.library_kind == "latent" else {}
-        return {**library, **self.p_z.per_cell(self.embed(batch)[0])}
+        h = self.encode(batch)
+        library = {"library": self.mean_l(h, batch)} if self.library_kind == "latent" else {}
+        return {**library, **self.p_z.per_cell(self.q_z.moments(h)[0])}
 
 
 _MIN_VARIANCE = 1e-4  # of the log library size: a batch whose totals are all equal has none

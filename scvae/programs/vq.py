@@ -1,0 +1,301 @@
+r"""Discrete latents: a codebook in the place of a continuous latent space.
+
+Generative process, for each cell with batch :math:`s` (and any further covariates, which go with :math:`s`), with a
+codebook of :math:`K` vectors :math:`e_1, \dots, e_K`:
+
+.. math::
+    k &\sim \mathrm{Uniform}\{1, \dots, K\}, \quad z = e_k \\
+    x &\sim p(x \mid z, s)
+
+With several codebooks each answers for its share of the dimensions of ``z``. In ``vq``, :math:`p(x \mid z, s)` is that
+of :class:`~scvae.programs.ZINB` given the cell's total :math:`l` (for cells that are drawn, :math:`l \sim
+\mathrm{LogNormal}(m_s, v_s)`, mean and variance of the log library size in batch :math:`s`); in ``vq_gaussian``, that
+of :class:`~scvae.programs.Gaussian`.
+
+Guide: :math:`q(k \mid x, s) = 1` for :math:`k = \arg\min_j \| z_e(x, s) - e_j \|`, with the encoder's output
+:math:`z_e`. Hence :math:`\mathrm{KL}[q(k \mid x) \| p(k)] = \log K` for each codebook. The gradient with respect to
+:math:`z` is handed to :math:`z_e` as it is (straight-through). What is minimised is the negative ELBO, with
+
+.. math::
+    - \log p(x \mid z, s) + \beta \| z_e - \mathrm{sg}[e_k] \|^2 ,
+
+and the term :math:`\| \mathrm{sg}[z_e] - e_k \|^2` is replaced by a moving average, which is k-means, online
+(:class:`~scvae.codebook.Codebook`). The commitment term :math:`\beta \| \cdot \|^2` acts by its gradient alone: it is
+no part of the ELBO that is reported.
+
+The exact evidence is :math:`\log \frac1K \sum_k p(x \mid e_k, s)`. Importance weighting, whose draws are all the same,
+gives the ELBO, :math:`\log p(x \mid z, s) - \log K`: below it by :math:`-\log p(k \mid x, s)` of the code chosen, at
+most :math:`\log K` where that is the likeliest.
+
+References
+----------
+van den Oord, Vinyals and Kavukcuoglu 2017, Neural Discrete Representation Learning, NeurIPS, equations 1 to 4 and
+appendix A.1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Delta, LogNormal
+from torch import Tensor, nn
+
+from scvae.cells import Batch, Cells, Schema
+from scvae.codebook import Codebook
+from scvae.decoders import CountDecoder, RealDecoder
+from scvae.nets import Layers
+from scvae.programs.program import Program
+
+__all__ = ["VQ", "VQGaussian"]
+
+
+class VQ(Program):
+    """The VQ-VAE of counts.
+
+    Parameters
+    ----------
+    schema
+        The genes and covariates of the data.
+    n_latent
+        Dimensions of ``z``.
+    n_hidden, n_layers
+        Width and number of the hidden layers of encoder and decoder.
+    likelihood, dispersion
+        As in :class:`~scvae.programs.ZINB`; for real numbers there is :class:`VQGaussian`.
+    encode_covariates
+        Whether the encoder sees the covariates too.
+    dropout_rate
+        Fraction of the encoder's hidden units that is dropped in training.
+    n_codes
+        Vectors in each codebook, ``K``.
+    n_codebooks
+        Codebooks; divides `n_latent`.
+    commitment
+        ``beta``, 0 or more.
+    kmeans_start
+        Whether the codebook starts at the centres of k-means of the encodings of up to 4,096 cells, or at random.
+    restart
+        Whether a vector that stands for too few cells is put on the encoding of a cell that is far from its own.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of its range.
+    """
+
+    name = "vq"
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        likelihood: str = "zinb",
+        dispersion: str = "gene",
+        encode_covariates: bool = True,
+        dropout_rate: float = 0.0,
+        n_codes: int = 32,
+        n_codebooks: int = 1,
+        commitment: float = 0.25,
+        kmeans_start: bool = True,
+        restart: bool = True,
+    ) -> None:
+        super().__init__(
+            schema,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            likelihood=likelihood,
+            dispersion=dispersion,
+            encode_covariates=encode_covariates,
+            dropout_rate=dropout_rate,
+            n_codes=n_codes,
+            n_codebooks=n_codebooks,
+            commitment=commitment,
+            kmeans_start=kmeans_start,
+            restart=restart,
+        )
+        self._join(CountDecoder(schema, n_latent, n_hidden, n_layers, likelihood, dispersion))
+        n_batches = len(schema.batches)
+        self.register_buffer("m", torch.zeros(n_batches))
+        self.register_buffer("v", torch.ones(n_batches))
+
+    def _join(self, decoder: CountDecoder | RealDecoder) -> None:
+        """Make the encoder and the codebook that go with the decoder, of the options."""
+        options, schema = self.options, self.schema
+        self.commitment = options["commitment"]
+        if not self.commitment >= 0:
+            raise ValueError(f"commitment is 0 or more, not {self.commitment}.")
+        self.encoder = Layers(
+            len(schema.genes),
+            schema.n_covariates if options["encode_covariates"] else 0,
+            options["n_hidden"],
+            options["n_layers"],
+            options["dropout_rate"],
+            sparse_input=self.kind == "counts",
+        )
+        self.z_e = nn.Linear(self.encoder.n_out, options["n_latent"])
+        self.codebook = Codebook(
+            options["n_codes"], options["n_latent"], options["n_codebooks"], restart=options["restart"]
+        )
+        self.decoder = decoder
+
+    def initialise(self, cells: Cells) -> None:
+        """Start the decoder at the mean expression of each batch, and the codebook at the centres of k-means."""
+        log_l = cells.library_size.log()
+        s = self.schema.batch_of(cells.codes)
+        for i in range(len(self.schema.batches)):
+            own = log_l[s == i]
+            self.m[i] = own.mean()
+            self.v[i] = own.var(correction=0).clamp(min=_MIN_VARIANCE)
+        self._start(cells)
+
+    @torch.no_grad()
+    def _start(self, cells: Cells) -> None:
+        self.decoder.start(cells)
+        if self.options["kmeans_start"]:
+            some = torch.randperm(len(cells))[:_START_CELLS].to(cells.device)
+            self.codebook.start(self.encode(cells.batch(some)))
+
+    def decayed(self) -> list[Tensor]:
+        """Return the weights by which ``z`` acts; not those of the covariates, nor offsets."""
+        return self.decoder.weights()
+
+    def monitored(self) -> dict[str, Tensor]:
+        """Return the perplexity of the codes in the last minibatches: from 1 to K, the mean over codebooks."""
+        return {"perplexity": self.codebook.perplexity()}
+
+    def model(self, batch: Batch) -> None:
+        """k -> z -> x."""
+        with pyro.plate("cells", len(batch)):
+            z = pyro.sample("z", self.codebook.prior())  # [n, d]
+            pyro.sample("x", self.p_x(z, batch), obs=self.observed(batch))  # [n, G]
+
+    def guide(self, batch: Batch) -> None:
+        """x -> k -> z."""
+        z_e = self.encode(batch)  # [n, d]
+        e = self.codebook(z_e)  # [n, d]
+        with pyro.plate("cells", len(batch)):
+            pyro.sample("z", Delta(e + (z_e - z_e.detach()), event_dim=1))  # [n, d]
+            distance = self.commitment * (z_e - e).square().sum(-1)  # [n]
+            pyro.factor("commitment", distance - distance.detach(), has_rsample=True)  # a gradient, of value 0
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Return the encoder's output, ``[n, d]``."""
+        return self.z_e(self.encoder(self.inputs(batch), batch.covariates))
+
+    def inputs(self, batch: Batch) -> Any:
+        """Return what the encoder takes, ``[n, G]``."""
+        return replace(batch.counts, values=batch.counts.values.log1p())  # type: ignore
+
+    def p_x(self, z: Tensor, batch: Batch) -> Any:
+        """Return the distribution of the counts, ``[n, G]``; the total of cells that are drawn is drawn too."""
+        drawn = batch.counts is None
+        l = pyro.sample("l", LogNormal(self.m[batch.s], self.v[batch.s].sqrt())) if drawn else batch.library_size
+        return self.decoder(z, l, batch)
+
+    def observed(self, batch: Batch) -> Any:
+        """Return what was measured, ``[n, G]``, or None."""
+        return batch.counts
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the encoder's output, and the standard deviation of ``z`` given the cell, which is 0: ``[n, d]``."""
+        z_e = self.encode(batch)
+        return z_e, torch.zeros_like(z_e)
+
+    def decode(self, z: Tensor, batch: Batch) -> Tensor:
+        """Return ``rho`` of the code nearest to ``z``, ``[n, G]``."""
+        return self.decoder.rho(self.quantise(z), batch)
+
+    def quantise(self, z: Tensor) -> Tensor:
+        """Return the vectors of the codebook nearest to ``z``, ``[n, d]``."""
+        return self.codebook.look_up(self.codebook.nearest(z))
+
+    def per_cell(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the code, ``[n]``, of each codebook, and the quantised latents, ``[n, d]``."""
+        k = self.codebook.nearest(self.encode(batch))
+        names = ["code"] if k.shape[1] == 1 else [f"code_{i}" for i in range(k.shape[1])]
+        return {**dict(zip(names, k.T, strict=True)), "quantised": self.codebook.look_up(k)}
+
+
+class VQGaussian(VQ):
+    """The VQ-VAE of real numbers.
+
+    Parameters
+    ----------
+    schema
+        The genes (or other features) and covariates of the data.
+    noise, noise_scale
+        As in :class:`~scvae.programs.Gaussian`.
+    n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
+        As in :class:`VQ`.
+    n_codes, n_codebooks, commitment, kmeans_start, restart
+        As in :class:`VQ`.
+    """
+
+    name = "vq_gaussian"
+    kind = "real"
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        n_latent: int = 10,
+        n_hidden: int = 128,
+        n_layers: int = 1,
+        noise: str = "gene",
+        noise_scale: float | None = None,
+        encode_covariates: bool = True,
+        dropout_rate: float = 0.0,
+        n_codes: int = 32,
+        n_codebooks: int = 1,
+        commitment: float = 0.25,
+        kmeans_start: bool = True,
+        restart: bool = True,
+    ) -> None:
+        Program.__init__(
+            self,
+            schema,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            noise=noise,
+            noise_scale=noise_scale,
+            encode_covariates=encode_covariates,
+            dropout_rate=dropout_rate,
+            n_codes=n_codes,
+            n_codebooks=n_codebooks,
+            commitment=commitment,
+            kmeans_start=kmeans_start,
+            restart=restart,
+        )
+        self._join(RealDecoder(schema, n_latent, n_hidden, n_layers, noise, noise_scale))
+
+    def initialise(self, cells: Cells) -> None:
+        """Start the decoder at the mean of each batch, and the codebook at the centres of k-means."""
+        self._start(cells)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """Return what the encoder takes, ``[n, G]``."""
+        return self.decoder.standardised(batch.values)
+
+    def p_x(self, z: Tensor, batch: Batch) -> Any:
+        """Return the distribution of the values, ``[n, G]``."""
+        return self.decoder(z, batch)
+
+    def observed(self, batch: Batch) -> Any:
+        """Return what was measured, ``[n, G]``, or None."""
+        return None if batch.counts is None else batch.values
+
+    def decode(self, z: Tensor, batch: Batch) -> Tensor:
+        """Return the mean of ``x`` given the code nearest to ``z``, ``[n, G]``."""
+        return self.decoder.loc(self.quantise(z), batch)
+
+
+_MIN_VARIANCE = 1e-4  # of the log library size: a batch whose totals are all equal has none
+_START_CELLS = 4096  # at most, whose encodings k-means is run on
