@@ -251,19 +251,28 @@ def test_counts_and_all_else_that_was_there_are_untouched(adata, fit, unchanged)
     adata.var["highly_variable"] = adata.var_names.isin(["gene_3", "gene_5"])
     with unchanged(adata):
         fit(adata, batch_key="batch", layer="messy")
-        del adata.obsm["X_scvae"], adata.obsm["X_scvae_std"], adata.obs["scvae_library"], adata.uns["scvae"]
+        written = adata.uns.pop("scvae")
+        for key in written["obsm"]:
+            del adata.obsm[key]
+        for column in written["obs"]:
+            del adata.obs[column]
 
 
 def test_only_the_documented_keys_are_written(adata, fit):
     before = adata.copy()
     fit(adata, batch_key="batch", key_added="X_mine")
-    assert set(adata.obsm) - set(before.obsm) == {"X_mine", "X_mine_std"}
-    assert set(adata.obs) - set(before.obs) == {"scvae_library"}
+    assert set(adata.obsm) - set(before.obsm) == {"X_mine", "X_mine_std", "X_mine_cluster_probability"}
+    assert set(adata.obs) - set(before.obs) == {"scvae_library", "scvae_cluster"}
     assert set(adata.uns) - set(before.uns) == {"scvae"}
     for name in ("varm", "layers", "obsp", "varp", "var"):
         assert set(getattr(adata, name)) == set(getattr(before, name))
     fit(before, library="observed")
     assert "scvae_library" not in before.obs
+    before.obs["scvae_mine"] = 1
+    before.obsm["X_scvae_mine"] = before.obsm["X_scvae"]
+    fit(before, prior="normal")
+    assert set(before.obs) == set(adata.obs) - {"scvae_cluster"} | {"scvae_mine"}
+    assert set(before.obsm) - {"latent"} == {"X_scvae", "X_scvae_std", "X_scvae_mine"}
 
 
 @pytest.mark.parametrize(
