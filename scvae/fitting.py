@@ -47,7 +47,8 @@ def fit(
     adata
         Cells by genes. Raw counts, or what the program models, in ``.X`` or in `layer`: CSR, CSC, dense, backed, dask.
     program
-        Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers), or a
+        Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers, ``"vq"`` and ``"vq_gaussian"`` for
+        discrete codes of either), or a
         :class:`~scvae.programs.Program` class of your own.
     layer
         Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.
