@@ -6,6 +6,7 @@ Each is a module that maps what the encoder says of some cells, ``[n, n_in]``, t
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from typing import Any
@@ -174,7 +175,6 @@ class IAF(nn.Module):
                 nonlinearity=nn.SiLU(),
             )
             _curved(network.layers[0], n_latent)
-            _small(network.layers[-1])
             self.flows.append(ConditionalAffineAutoregressive(network, stable=stable, sigmoid_bias=_GATE_BIAS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -203,13 +203,14 @@ class IAF(nn.Module):
 
 
 class _Autoregressive(ConditionalAutoRegressiveNN):
-    """Pyro's network, with its second answer (log scale, or logit of the gate) kept within bounds, smoothly.
+    """Pyro's network, with answers that training cannot take far in a single step, whatever the width.
 
-    Without bounds a single step that goes too far leaves scales of the flow from which training does not come back.
+    They are scaled down, and the second (log scale, or logit of the gate) is kept within bounds, smoothly. Without
+    that, a flow is easily left with scales and shifts from which training does not come back.
     """
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = super().forward(x, context)
+        loc, scale = (answer / math.sqrt(self.hidden_dims[-1]) for answer in super().forward(x, context))
         return loc, _BOUND * torch.tanh(scale / _BOUND)
 
 

@@ -121,6 +121,7 @@ class VQ(Program):
             restart=restart,
         )
         self._join(CountDecoder(schema, n_latent, n_hidden, n_layers, likelihood, dispersion))
+        self.library_kind = "observed"
         n_batches = len(schema.batches)
         self.register_buffer("m", torch.zeros(n_batches))
         self.register_buffer("v", torch.ones(n_batches))
