@@ -133,6 +133,11 @@ class IAF(nn.Module):
     step, and see a further output of the encoder. Hence
     :math:`\log q(z_T | x) = -\sum_i [\frac12 \epsilon_i^2 + \frac12 \log 2\pi + \sum_t \log \sigma_{t,i}]`.
 
+    The networks work in the cell's own units: they are given :math:`(z_{t-1} - \mu_0) / \sigma_0` and answer
+    :math:`m_t, \sigma_t`, with :math:`\mu_t = \mu_0 + \sigma_0 m_t` in the stable form and
+    :math:`\mu_t = (1 - \sigma_t) \mu_0 + \sigma_0 m_t` in the other. That amounts to bending :math:`\epsilon`, and
+    shifting and stretching it afterwards, however narrow the posterior is and wherever it lies.
+
     Parameters
     ----------
     n_in, n_latent

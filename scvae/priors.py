@@ -110,6 +110,8 @@ class VampPrior(nn.Module):
     Tomczak and Welling 2018, VAE with a VampPrior, AISTATS, equations 9 and 10.
     """
 
+    covariates: Tensor
+
     def __init__(self, n_latent: int, n_components: int = 50, *, n_in: int, n_covariates: int) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(n_components))
@@ -118,8 +120,6 @@ class VampPrior(nn.Module):
 
     def forward(self, encode: Encode) -> MixtureSameFamily:  # noqa: D102
         return MixtureSameFamily(Categorical(logits=self.logits), encode(self.inputs, self.covariates))
-
-    covariates: Tensor
 
     @torch.no_grad()
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
