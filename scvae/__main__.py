@@ -122,6 +122,9 @@ def fit(
         str | None,
         typer.Option(help="Key of .obsm to model in place of the genes, such as X_pca.", show_default=False),
     ] = None,
+    image_key: Annotated[
+        str | None, typer.Option(help="Key of .obsm that holds an image of each cell.", show_default=False)
+    ] = None,
     categorical_covariate_key: Annotated[
         list[str] | None, typer.Option(help="Further categorical column of .obs to correct for; repeatable.")
     ] = None,
@@ -230,6 +233,7 @@ def fit(
         program,
         layer=layer,
         use_rep=use_rep,
+        image_key=image_key,
         batch_key=batch_key,
         categorical_covariate_keys=categorical_covariate_key or (),
         continuous_covariate_keys=continuous_covariate_key or (),

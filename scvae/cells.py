@@ -29,11 +29,15 @@ class Schema:
     """
 
     genes: tuple[str, ...]
-    #: What the values are: ``"counts"``, or ``"real"`` numbers.
+    #: What the values are: ``"counts"``, ``"real"`` numbers, or numbers from 0 to 1, ``"unit"``.
     kind: str = "counts"
     layer: str | None = None
     #: Key of ``.obsm``, where the values lie there; `genes` are then the names of its columns.
     use_rep: str | None = None
+    #: Key of ``.obsm``, where images are modelled; `genes` then names their pixels.
+    image_key: str | None = None
+    #: Shape of an image, ``(height, width)`` or ``(channels, height, width)``.
+    image_shape: tuple[int, ...] | None = None
     batch_key: str | None = None
     size_factor_key: str | None = None
     #: Names of the categories of each categorical covariate, the batch key first.
@@ -41,6 +45,14 @@ class Schema:
     #: Mean and standard deviation of each continuous covariate.
     continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     check_counts: bool = True
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        if self.image_shape is None:
+            raise ValueError("These cells have no images.")
+        *channels, height, width = self.image_shape
+        return (channels[0] if channels else 1), height, width
 
     @property
     def batches(self) -> tuple[str, ...]:

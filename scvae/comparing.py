@@ -184,7 +184,7 @@ def _categorical_keys(adata: AnnData, arguments: dict[str, dict[str, Any]]) -> l
         with _naming(name), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the fit gives them
             how = {k: v for k, v in options.items() if k in of_schema}
-            schemas[name] = read_schema(adata, kind=options["program"].kind, **how)
+            schemas[name] = read_schema(adata, kind=options["program"].kind_of(options), **how)
     (first, data), *others = [(name, _without_covariates(schema)) for name, schema in schemas.items()]
     for name, other in others:
         if other != data:

@@ -144,12 +144,13 @@ class Fitted:
         codes = [None] if batch is None else self._batch_codes(batch)
         if isinstance(library_size, str) and library_size != "cell":
             raise ValueError(f"library_size is a number or 'cell', not {library_size!r}.")
-        if schema.kind == "real" and library_size != 1:
-            raise ValueError(f"library_size belongs to models of counts; {self.program.name!r} models real numbers.")
+        if (schema.kind != "counts" or schema.image_key is not None) and library_size != 1:
+            models = "real numbers" if schema.image_key is None else "images"
+            raise ValueError(f"library_size belongs to models of counts; {self.program.name!r} models {models}.")
         if n_samples is not None:
             _check_positive("n_samples", n_samples)
-        if layer_added is not None and schema.use_rep is not None:
-            raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{schema.use_rep!r}].")
+        if layer_added is not None and (key := schema.use_rep or schema.image_key) is not None:
+            raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{key!r}].")
         if layer_added is not None and adata.isbacked and adata.is_view:
             raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
 
@@ -212,10 +213,15 @@ class Fitted:
                 trace = poutine.trace(self.program.model).get_trace(self._blank(part))
                 drawn = trace.nodes["x"]["value"].cpu().numpy()
                 counts.append(sparse.csr_matrix(drawn) if schema.kind == "counts" else drawn)
-                latents.append(trace.nodes["z"]["value"].cpu().numpy())
+                latents.append(trace.nodes[self.program.latent]["value"].cpu().numpy())
         matrix = sparse.vstack(counts, format="csr") if schema.kind == "counts" else np.concatenate(counts)
-        adata = AnnData(matrix, obsm={self.key_added: np.concatenate(latents)})
-        adata.var_names = list(schema.genes)
+        latent = np.concatenate(latents).reshape(n, -1)
+        if schema.image_key is not None:
+            images = (matrix.toarray() if schema.kind == "counts" else matrix).reshape((n, *(schema.image_shape or ())))
+            adata = AnnData(shape=(n, 0), obsm={schema.image_key: images, self.key_added: latent})
+        else:
+            adata = AnnData(matrix, obsm={self.key_added: latent})
+            adata.var_names = list(schema.genes)
         if schema.use_rep is not None:
             dense = matrix.toarray() if schema.kind == "counts" else matrix
             adata.obsm[schema.use_rep] = pd.DataFrame(dense, index=adata.obs_names, columns=list(schema.genes))
@@ -306,7 +312,8 @@ class Fitted:
         return result
 
     def _posterior(self, batch: Batch, n_samples: int) -> list[Tensor]:
-        return [poutine.trace(self.program.guide).get_trace(batch).nodes["z"]["value"] for _ in range(n_samples)]
+        name = self.program.latent
+        return [poutine.trace(self.program.guide).get_trace(batch).nodes[name]["value"] for _ in range(n_samples)]
 
     def _batch_codes(self, names: str | Sequence[str]) -> list[int]:
         schema = self.program.schema
@@ -423,6 +430,7 @@ def _schema(content: dict[str, Any]) -> Schema:
         **{
             **content,
             "genes": tuple(content["genes"]),
+            "image_shape": tuple(content["image_shape"]) if content.get("image_shape") else None,
             "categories": {key: tuple(names) for key, names in content["categories"].items()},
             "continuous": {key: tuple(values) for key, values in content["continuous"].items()},
         }

@@ -25,6 +25,7 @@ def fit(
     *,
     layer: str | None = None,
     use_rep: str | None = None,
+    image_key: str | None = None,
     batch_key: str | None = None,
     categorical_covariate_keys: Sequence[str] = (),
     continuous_covariate_keys: Sequence[str] = (),
@@ -54,6 +55,9 @@ def fit(
         Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.
     use_rep
         Key of ``adata.obsm`` that holds what is to be modelled, in place of the genes: ``"X_pca"``, a protein panel.
+    image_key
+        Key of ``adata.obsm`` that holds an image of each cell, ``[n_cells, height, width]`` or ``[n_cells, channels,
+        height, width]``, for the programs of images.
     batch_key
         Column of ``adata.obs`` whose effect is to be taken out of the latent space.
     categorical_covariate_keys, continuous_covariate_keys
@@ -127,17 +131,23 @@ def fit(
         **{name: options.pop(name) for name in list(options) if name in training_names},
     )
     if size_factor_key is not None:
-        if kind.kind != "counts":
-            raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models real numbers.")
+        if kind.kind != "counts" or kind.of_images:
+            models = "images" if kind.of_images else "real numbers"
+            raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models {models}.")
         options.setdefault("library", "size_factor")
     if n_latent is not None:
         options["n_latent"] = n_latent
     _check_options(kind, options, training_names)
+    if kind.of_images and image_key is None:
+        raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
+    if image_key is not None and not kind.of_images:
+        raise ValueError(f"image_key belongs to models of images; {kind.name!r} models the values of genes.")
     schema = read_schema(
         adata,
-        kind=kind.kind,
+        kind=kind.kind_of(options),
         layer=layer,
         use_rep=use_rep,
+        image_key=image_key,
         batch_key=batch_key,
         categorical_covariate_keys=categorical_covariate_keys,
         continuous_covariate_keys=continuous_covariate_keys,
@@ -148,7 +158,7 @@ def fit(
     with seeded(seed, where):
         made = kind(schema, **options)
         cells = read_cells(adata, schema, device=where)
-        if kind.kind == "counts" and (unexpressed := cells.unexpressed()):
+        if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)
         try:

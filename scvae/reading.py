@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ def read_schema(
     kind: str = "counts",
     layer: str | None = None,
     use_rep: str | None = None,
+    image_key: str | None = None,
     batch_key: str | None = None,
     categorical_covariate_keys: Sequence[str] = (),
     continuous_covariate_keys: Sequence[str] = (),
@@ -33,7 +35,13 @@ def read_schema(
     check_counts: bool = True,
 ) -> Schema:
     """Read the names off an AnnData; the arguments are those of :func:`scvae.fit`, `kind` that of the program."""
-    if use_rep is None:
+    image_shape = None
+    if image_key is not None:
+        if use_rep is not None or layer is not None or mask_var not in (None, "auto"):
+            raise ValueError("image_key takes the place of layer, use_rep and mask_var: pass it, or them.")
+        image_shape = _images(adata, image_key).shape[1:]
+        genes = pd.Index([f"{image_key}_{i}" for i in range(math.prod(image_shape))])
+    elif use_rep is None:
         genes = adata.var_names[_gene_mask(adata, mask_var)].astype(str)
         if not len(genes):
             raise ValueError(f"No gene is selected by mask_var={mask_var!r}; the AnnData has {adata.n_vars}.")
@@ -60,7 +68,19 @@ def read_schema(
         if values.min() == values.max():
             warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
         continuous[key] = (float(values.mean()), float(values.std()) if values.min() < values.max() else 1.0)
-    return Schema(tuple(genes), kind, layer, use_rep, batch_key, size_factor_key, categories, continuous, check_counts)
+    return Schema(
+        genes=tuple(genes),
+        kind=kind,
+        layer=layer,
+        use_rep=use_rep,
+        image_key=image_key,
+        image_shape=image_shape,
+        batch_key=batch_key,
+        size_factor_key=size_factor_key,
+        categories=categories,
+        continuous=continuous,
+        check_counts=check_counts,
+    )
 
 
 def read_cells(
@@ -115,7 +135,14 @@ def read_cells(
             raise ValueError(
                 f"adata.obs[{schema.size_factor_key!r}] is not positive in {some(cells, 'cell')}: leave them out."
             )
-    if schema.use_rep is None:
+    if schema.image_key is not None:
+        images, where = _images(adata, schema.image_key), f"adata.obsm[{schema.image_key!r}]"
+        if images.shape[1:] != schema.image_shape:
+            raise ValueError(
+                f"{where} holds images of shape {images.shape[1:]}; the model was fitted to {schema.image_shape}."
+            )
+        matrix, names = images.reshape(len(images), -1), pd.Index(schema.genes)
+    elif schema.use_rep is None:
         matrix, where = _matrix(adata, schema.layer)
         names = adata.var_names.astype(str)
     else:
@@ -219,6 +246,21 @@ def _representation(adata: AnnData, use_rep: str) -> pd.DataFrame:
     return values
 
 
+def _images(adata: AnnData, image_key: str) -> np.ndarray:
+    """Return an entry of ``.obsm`` that holds an image of each cell."""
+    if image_key not in adata.obsm:
+        raise KeyError(f"adata.obsm has no {image_key!r}; it has {some(adata.obsm.keys()) or 'none'}.")
+    images = np.asarray(adata.obsm[image_key])
+    if images.ndim not in (3, 4) or 0 in images.shape:
+        raise ValueError(
+            f"adata.obsm[{image_key!r}] is of shape {images.shape}: images are wanted, [cells, height, width] or "
+            "[cells, channels, height, width]."
+        )
+    if images.dtype.kind not in "biuf":
+        raise ValueError(f"adata.obsm[{image_key!r}] is not numeric ({images.dtype}).")
+    return images
+
+
 def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str) -> np.ndarray | None:
     """Column of each gene, -1 where it is missing; None where the columns are the genes."""
     if len(names) == len(genes) and (names == np.asarray(genes)).all():
@@ -298,9 +340,12 @@ def _choose(matrix: Any, columns: np.ndarray | None) -> Any:
 
 def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str) -> None:
     kind = counts.dtype.kind
+    feature = "gene" if schema.image_key is None else "pixel"
     faults: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     if kind == "f":
         faults["NaN or infinite values"] = lambda x: ~np.isfinite(x)
+    if schema.kind == "unit":
+        faults["values outside 0 to 1"] = lambda x: (x < 0) | (x > 1)
     if kind in "if" and schema.kind == "counts":
         faults["negative values"] = lambda x: x < 0
     if kind == "f" and schema.kind == "counts" and schema.check_counts:
@@ -315,16 +360,18 @@ def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, whe
         if n_wrong:
             cells = np.searchsorted(counts.indptr, first, side="right") - 1
             at = "; ".join(
-                f"{counts.data[k]} in cell {adata.obs_names[i]!r}, gene {schema.genes[counts.indices[k]]!r}"
+                f"{counts.data[k]} in cell {adata.obs_names[i]!r}, {feature} {schema.genes[counts.indices[k]]!r}"
                 for i, k in zip(cells, first, strict=True)
             )
             remedy = "A count model wants raw counts: name the layer that has them, layer=…" + (
                 ", or pass check_counts=False for counts corrected upstream." if "whole" in what else "."
             )
-            if schema.kind == "real":
+            if schema.kind == "unit":
+                remedy = "Divide the images by their largest value, or model other pixels, pixels=…."
+            if schema.kind == "real" or (schema.kind == "unit" and "NaN" in what):
                 remedy = "Fill them in, or leave those cells out."
             raise ValueError(f"{where} holds {what}, {n_wrong} of them, the first: {at}. {remedy}")
-    if schema.kind == "real":
+    if schema.kind != "counts" or schema.image_key is not None:
         return
     empty = np.diff(counts.indptr) == 0
     if empty.any():

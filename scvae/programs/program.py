@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -29,13 +30,22 @@ class Program(nn.Module, ABC):
 
     #: Name in the registry.
     name: ClassVar[str]
-    #: What it models: ``"counts"``, or ``"real"`` numbers.
+    #: What it models: ``"counts"``, ``"real"`` numbers, or numbers from 0 to 1, ``"unit"``.
     kind: ClassVar[str] = "counts"
+    #: Whether it models images, ``image_key``, and not genes.
+    of_images: ClassVar[bool] = False
+    #: Name of the site of the latent vector.
+    latent: ClassVar[str] = "z"
 
     def __init__(self, schema: Schema, **options: Any) -> None:
         super().__init__()
         self.schema = schema
         self.options = options
+
+    @classmethod
+    def kind_of(cls, options: Mapping[str, Any]) -> str:
+        """Return what a program with these options models: by default what all of its class do."""
+        return cls.kind
 
     @abstractmethod
     def initialise(self, cells: Cells) -> None:

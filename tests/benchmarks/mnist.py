@@ -9,6 +9,7 @@ image), the gain over the diagonal normal with the same seed and its standard er
 from __future__ import annotations
 
 import argparse
+import ast
 import time
 from pathlib import Path
 
@@ -66,14 +67,15 @@ class Digits(Program):
 
 #: Chosen with ``--choose``.
 SETTINGS = {
-    "n_latent": 10,
+    "n_latent": 20,
     "n_hidden": 300,
     "n_layers": 2,
-    "dropout_rate": 0.0,
+    "dropout_rate": 0.2,
     "max_epochs": 100,
-    "learning_rate": 3e-3,
-    "weight_decay": 1.0,
+    "learning_rate": 1e-3,
+    "weight_decay": 0.3,
 }
+FLOW = {"flow_depth": 2, "flow_width": 320}
 
 
 def main() -> None:
@@ -83,8 +85,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--choose", action="store_true", help="train on 7,500 images and test on the next 1,500")
-    parser.add_argument("--options", type=eval, default={}, help="a dict of further arguments of scvae.fit")
-    parser.add_argument("--flow", type=eval, default={}, help="a dict of options of the IAF")
+    parser.add_argument("--options", type=ast.literal_eval, default={}, help="a dict of further arguments of scvae.fit")
+    parser.add_argument("--flow", type=ast.literal_eval, default=FLOW, help="a dict of options of the IAF")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     images = np.load(arguments.folder / "mnist_10k.npz")["images"].reshape(-1, 784)

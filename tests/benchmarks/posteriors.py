@@ -9,6 +9,7 @@ seconds of training; then the gain of the mean over seeds.
 from __future__ import annotations
 
 import argparse
+import ast
 import time
 import warnings
 from pathlib import Path
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--choose", action="store_true", help="hold out a sixth of the training cells, not the test cells"
     )
-    parser.add_argument("--options", type=eval, default={}, help="a dict of further arguments of scvae.fit")
+    parser.add_argument("--options", type=ast.literal_eval, default={}, help="a dict of further arguments of scvae.fit")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
