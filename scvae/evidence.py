@@ -50,12 +50,18 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
     kl
         ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
         ``E log q(z) - log p(z)`` of the draw, where the first term is in closed form or of the draw too.
+
+    A discrete site that the guide marks with ``infer={"enumerate": "parallel"}`` is not drawn: it takes all its values,
+    on an axis to the left of the cells', and the terms are averages over them.
     """
-    q, p = _traces(program, batch)
+    q, p = _traces(program, batch, enumerated=True)
     log_likelihood, kl = {}, {}
     for name, site in _sites(p):
         if site["is_observed"]:
             log_likelihood[name] = _log_prob(site)
+            continue
+        if name in q.nodes and _is_enumerated(q.nodes[name]):
+            kl[name] = _log_prob(q.nodes[name]) - _log_prob(site)
             continue
         try:
             divergence = kl_divergence(q.nodes[name]["fn"], site["fn"])
@@ -65,6 +71,15 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
     for name, site in _sites(q):
         if name not in p.nodes:
             log_likelihood[name] = -_log_prob(site)
+    log_weights = [_log_prob(site) for _, site in _sites(q) if _is_enumerated(site)]
+    if log_weights:
+        weight = sum(log_weights).exp()  # [K, n]
+
+        def average(term: Tensor) -> Tensor:
+            return (weight * term).sum(0) if term.dim() > 1 else term
+
+        log_likelihood = {name: average(term) for name, term in log_likelihood.items()}
+        kl = {name: average(term) for name, term in kl.items()}
     return log_likelihood, kl
 
 
@@ -99,8 +114,9 @@ def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> T
     return _log_mean_exp(log_likelihood, n_samples)
 
 
-def _traces(program: Program, batch: Batch) -> tuple[Trace, Trace]:
-    q = poutine.trace(program.guide).get_trace(batch)
+def _traces(program: Program, batch: Batch, enumerated: bool = False) -> tuple[Trace, Trace]:
+    guide = poutine.enum(program.guide, first_available_dim=-2) if enumerated else program.guide
+    q = poutine.trace(guide).get_trace(batch)
     return q, poutine.trace(poutine.replay(program.model, q)).get_trace(batch)
 
 
@@ -110,6 +126,10 @@ def _sites(trace: Trace) -> list[tuple[str, dict]]:
         for name, site in trace.nodes.items()
         if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
     ]
+
+
+def _is_enumerated(site: dict) -> bool:
+    return site["infer"].get("_enumerate_dim") is not None
 
 
 def _log_prob(site: dict) -> Tensor:

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import Bernoulli, Normal
+from pyro.distributions import Bernoulli, GammaPoisson, Normal, Poisson, constraints
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from scvae.cells import Batch, Cells, Schema
+from scvae.cells import Cells, Schema
 from scvae.decoders import one_of
-from scvae.distributions import NegativeBinomial, Poisson
 
 __all__ = ["PIXELS", "Pixels", "kind_of_pixels"]
 
@@ -78,30 +77,26 @@ class Pixels(nn.Module):
         self.scale.copy_(torch.where(spread > 0, spread, 1.0))
         return (mean - self.mean) / self.scale
 
-    def observed(self, batch: Batch) -> Any:
-        """Return the images as :meth:`forward`'s distribution takes them; None where they are to be drawn."""
-        if batch.counts is None:
-            return None
-        return batch.counts if PIXELS[self.pixels] == "counts" else batch.values
-
-    def inputs(self, batch: Batch) -> Tensor:
-        """Return the images as a network takes them, about one in size, ``[n, C, H * W]``."""
-        y = batch.values.unflatten(1, (self.n_channels, -1))
+    def inputs(self, values: Tensor) -> Tensor:
+        """Return images, ``[n, C * H * W]``, as a network takes them, about one in size, ``[n, C, H * W]``."""
+        y = values.unflatten(1, (self.n_channels, -1))
         if self.pixels == "gaussian":
             return (y - self.mean) / self.scale
         return y if self.pixels == "bernoulli" else y.log1p()
 
     def forward(self, a: Tensor) -> Any:
-        """Return the distribution of images, event ``[C * H * W]``, given ``a``, ``[n, C, H * W]``."""
+        """Return the distribution of images, event ``[C * H * W]``, given ``a``, ``[..., C, H * W]``."""
         if self.pixels == "bernoulli":
-            return Bernoulli(logits=a.flatten(1)).to_event(1)
+            return _Grey(logits=a.flatten(-2)).to_event(1)
         if self.pixels == "gaussian":
             noise = self.scale * (softplus(self.raw_noise) + _LEAST)
-            return Normal((self.mean + self.scale * a).flatten(1), noise.expand(a.shape[1:]).flatten()).to_event(1)
+            loc = self.mean + self.scale * a
+            return Normal(loc.flatten(-2), noise.expand(a.shape[-2:]).flatten()).to_event(1)
+        mean = a.clamp(max=_MOST).exp().flatten(-2)
         if self.pixels == "poisson":
-            return Poisson(log_mean=a.flatten(1))
-        theta = self.log_theta.exp().expand(a.shape[1:]).flatten()
-        return NegativeBinomial(log_mean=a.flatten(1), inverse_dispersion=theta)
+            return Poisson(mean).to_event(1)
+        theta = self.log_theta.exp().expand(a.shape[-2:]).flatten()
+        return GammaPoisson(theta, theta / mean).to_event(1)
 
     def expected(self, a: Tensor) -> Tensor:
         """Return the expected pixels, ``[n, C, ...]``, given ``a`` of the same shape."""
@@ -113,5 +108,15 @@ class Pixels(nn.Module):
         return self.mean.view(of_channels) + self.scale.view(of_channels) * a
 
 
+class _Grey(Bernoulli):
+    """Bernoulli of which averages are taken as values too."""
+
+    support = constraints.unit_interval
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return value * self.logits - softplus(self.logits)
+
+
 _LEAST = 1e-3  # of a mean pixel at the start, and of the noise in units of the channel's standard deviation
+_MOST = 20.0  # of the log of a mean count
 _NOISE_START = 0.5413  # softplus: 1, all that varies

@@ -78,7 +78,7 @@ class FullNormal(nn.Module):
         scale = softplus(self.scale(h)) + _MIN_SCALE
         tril = torch.diag_embed(scale)
         if self.off_diagonal is not None:
-            tril[:, self.below[0], self.below[1]] = scale[:, self.below[0]] * self.off_diagonal(h)
+            tril[..., self.below[0], self.below[1]] = scale[..., self.below[0]] * self.off_diagonal(h)
         return self.loc(h), tril
 
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:

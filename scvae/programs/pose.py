@@ -1,0 +1,322 @@
+r"""Images, what they show set apart from how it lies: content, rotation and shift.
+
+Generative process, for the image of each cell (covariates :math:`s` as in the other programs):
+
+.. math::
+    z &\sim \mathcal N(0, I_d) \\
+    \theta &\sim \mathrm{Uniform}(-\pi, \pi) \quad\text{or}\quad \mathcal N(0, s_\theta^2) \\
+    \Delta &\sim \mathcal N(0, s_\Delta^2 I_2) \\
+    c_i &= R(-\theta)\,(o_i - \Delta) \\
+    x_i &\sim p(x_i \mid a(c_i; z, s))
+
+:math:`o_i` are the coordinates of pixel :math:`i`: to the right and downwards from the centre of the image, in units of
+half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, clockwise as one sees it: the object of
+``z`` is turned by :math:`\theta` and lies at :math:`\Delta`. :math:`a` is a function of coordinates, and the last line
+one of the likelihoods of :class:`~scvae.pixels.Pixels`. (The paper adds a shift after the rotation, which is the same
+model, as the prior of the shift is the same in all directions.)
+
+Guide: :math:`q(z, \theta, \Delta \mid x) = q(z \mid x)\, q(\theta \mid x)\, \mathcal N(\Delta; \mu, \sigma^2)`, with a
+wrapped or a plain normal of :math:`\theta`. An encoder that answers an angle at once does so badly: images that are
+nearly the same have answers that are a whole turn apart. Here one network sees the image turned by :math:`K` angles,
+says of each copy how upright it is and by how much it is still turned and shifted, and the answers are averaged on the
+circle, weighted by a softmax. The content is read off the image when it is turned and shifted back.
+
+References
+----------
+Bepler, Zhong, Kelley, Brignole and Berger 2019, Explicitly disentangling image content from translation and rotation
+with spatial-VAE, NeurIPS, equations 1 to 5; for attention over poses, Nasiri and Bepler 2022, Unsupervised Object
+Representation Learning using Translation and Rotation Group Equivariant VAE, NeurIPS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.distributions import Categorical, Normal, TorchDistribution, Uniform
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from scvae.cells import Batch, Cells, Schema
+from scvae.decoders import one_of
+from scvae.distributions.circle import WrappedNormal, wrapped
+from scvae.nets import Layers
+from scvae.pixels import Pixels, kind_of_pixels
+from scvae.poses import CoordinateDecoder, MapDecoder, grid, look_up, to_object, turned
+from scvae.posteriors import posterior_of
+from scvae.priors import prior_of
+from scvae.programs.program import Program
+
+__all__ = ["Pose"]
+
+
+class Pose(Program):
+    """The spatial VAE of content and pose.
+
+    Parameters
+    ----------
+    schema
+        The images and covariates of the data.
+    n_latent
+        Dimensions of ``z``, the content.
+    n_hidden, n_layers
+        Width and number of the hidden layers of encoders and decoder.
+    pixels
+        Likelihood of a pixel, ``"bernoulli"`` (values from 0 to 1), ``"gaussian"``, ``"poisson"`` or ``"nb"`` (counts).
+    rotate, translate
+        Whether there are an angle and a shift at all.
+    angle_scale
+        Standard deviation of the prior of the angle, radians; None for a prior that is uniform on the circle.
+    shift_scale
+        Standard deviation of the prior of the shift, in units of half of the longer side of the image.
+    encoder
+        ``"rotations"``: as above. ``"plain"``: one network answers all at once.
+    n_rotations
+        Angles by which the image is turned for the first.
+    decoder
+        ``"map"``: ``a`` is an image, an output of a network, between whose pixels one interpolates. ``"coordinates"``:
+        a network of the coordinates, as in the paper, which is run for each pixel and takes many times as long.
+    encode_covariates
+        Whether the encoder sees the covariates too.
+    dropout_rate
+        Fraction of the encoders' hidden units that is dropped in training.
+    posterior, flow_depth, flow_width, prior, n_components
+        Of ``z``, as in :class:`~scvae.programs.ZINB`.
+    """
+
+    name = "pose"
+    of_images = True
+
+    def __init__(
+        self,
+        schema: Schema,
+        *,
+        n_latent: int = 10,
+        n_hidden: int = 256,
+        n_layers: int = 2,
+        pixels: str = "bernoulli",
+        rotate: bool = True,
+        translate: bool = True,
+        angle_scale: float | None = None,
+        shift_scale: float = 0.1,
+        encoder: str = "rotations",
+        n_rotations: int = 16,
+        decoder: str = "map",
+        encode_covariates: bool = True,
+        dropout_rate: float = 0.0,
+        posterior: str = "normal",
+        flow_depth: int | None = None,
+        flow_width: int | None = None,
+        prior: str = "normal",
+        n_components: int | None = None,
+    ) -> None:
+        super().__init__(
+            schema,
+            n_latent=n_latent,
+            n_hidden=n_hidden,
+            n_layers=n_layers,
+            pixels=pixels,
+            rotate=rotate,
+            translate=translate,
+            angle_scale=angle_scale,
+            shift_scale=shift_scale,
+            encoder=encoder,
+            n_rotations=n_rotations,
+            decoder=decoder,
+            encode_covariates=encode_covariates,
+            dropout_rate=dropout_rate,
+            posterior=posterior,
+            flow_depth=flow_depth,
+            flow_width=flow_width,
+            prior=prior,
+            n_components=n_components,
+        )
+        one_of("encoder", encoder, ("rotations", "plain"))
+        one_of("decoder", decoder, ("map", "coordinates"))
+        for name, scale in {"angle_scale": angle_scale, "shift_scale": shift_scale}.items():
+            if scale is not None and not 0 < scale < math.inf:
+                raise ValueError(f"{name} is a finite number above 0, not {scale}.")
+        if n_rotations < 2 or n_layers < 1:
+            raise ValueError("n_rotations is at least 2, and n_layers at least 1.")
+        self.rotate, self.translate, self.angle_scale = rotate, translate, angle_scale
+        shape = n_channels, height, width = schema.channels
+        n_pixels, n_covariates = math.prod(shape), schema.n_covariates
+        self.n_encoded = n_covariates if encode_covariates else 0
+
+        self.pixels = Pixels(pixels, schema)
+        self.searches = rotate and encoder == "rotations"
+        n_copies = n_rotations if self.searches else 1
+        self.encoder = Layers(n_pixels, self.n_encoded, n_hidden, n_layers, dropout_rate)
+        self.found = nn.Linear(n_hidden, _N_FOUND)
+        self.q_z = posterior_of(posterior, n_hidden, n_latent, flow_depth=flow_depth, flow_width=flow_width)
+        self.p_z = prior_of(
+            prior, n_latent, posterior=posterior, n_components=n_components, n_in=n_pixels, n_covariates=n_covariates
+        )
+        self.decoder: MapDecoder | CoordinateDecoder
+        if decoder == "map":
+            margin = math.ceil(shift_scale * max(height, width)) if translate else 0  # two standard deviations
+            self.decoder = MapDecoder(n_latent, n_covariates, shape, margin, n_hidden, n_layers)
+        else:
+            self.decoder = CoordinateDecoder(n_latent, n_covariates, n_channels, n_hidden, n_layers)
+
+        self.register_buffer("points", grid(height, width), persistent=False)  # [P, 2]
+        angles = 2 * math.pi * torch.arange(n_copies) / n_copies
+        self.register_buffer("angles", angles, persistent=False)  # [K]
+        places = turned(grid(height, width), angles.unsqueeze(1)) * max(height, width) / torch.tensor([width, height])
+        self.register_buffer("places", places.view(1, -1, 2), persistent=False)  # [1, K * P, 2]
+        nearest = torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
+        log_weight = torch.zeros(n_copies) if angle_scale is None else -((nearest / angle_scale) ** 2) / 2
+        self.register_buffer("log_weight", log_weight, persistent=False)  # [K]
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+        self.register_buffer("shift_scale", torch.full((2,), shift_scale), persistent=False)
+
+    points: Tensor
+    angles: Tensor
+    places: Tensor
+    log_weight: Tensor
+    zero: Tensor
+    shift_scale: Tensor
+
+    @classmethod
+    def kind_of(cls, options: Mapping[str, Any]) -> str:
+        """Return what the likelihood of the pixels models."""
+        return kind_of_pixels(options)
+
+    def initialise(self, cells: Cells) -> None:
+        """Start the decoder at the mean image."""
+        self.decoder.start(self.pixels.start(cells))
+        self.p_z.start(cells, lambda values: self.pixels.inputs(values).flatten(1))
+
+    def decayed(self) -> list[Tensor]:
+        """Return the weights by which ``z`` acts on a map."""
+        return self.decoder.weights()
+
+    def model(self, batch: Batch) -> None:
+        """z, theta, Delta -> x; and theta -> k."""
+        with pyro.plate("cells", len(batch)):
+            z = pyro.sample("z", self.p_z(self.q_of))  # [n, d]
+            theta = pyro.sample("theta", self.p_theta()) if self.rotate else None  # [n]
+            delta = pyro.sample("Delta", Normal(0.0, self.shift_scale).to_event(1)) if self.translate else None  # [n,2]
+            if self.searches:
+                pyro.sample("k", Categorical(logits=self.nearness(theta)))  # [n]
+            a = self.decoder(z, batch.covariates, self.points, to_object(theta, delta))
+            pyro.sample("x", self.pixels(a), obs=None if batch.counts is None else batch.values)  # [n, C * H * W]
+
+    def guide(self, batch: Batch) -> None:
+        """x -> k -> z, theta, Delta."""
+        found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
+        with pyro.plate("cells", len(batch)):
+            if self.searches:
+                k = pyro.sample("k", Categorical(logits=found.score), infer={"enumerate": "parallel"})  # [n]
+                found = found.at(k)
+            pyro.sample("z", self.q_z(found.h))  # [n, d]
+            if self.rotate:
+                family = WrappedNormal if self.angle_scale is None else Normal
+                pyro.sample("theta", family(found.theta, found.theta_scale))  # [n]
+            if self.translate:
+                pyro.sample("Delta", Normal(found.delta, found.delta_scale).to_event(1))  # [n, 2]
+
+    def nearness(self, theta: Tensor) -> Tensor:
+        """Return logits of the copies, ``[..., K]``, by how near their angle is to that of the object, ``[...]``."""
+        return (theta.unsqueeze(-1) - self.angles).cos() / (math.pi / len(self.angles)) ** 2
+
+    def p_theta(self) -> TorchDistribution:
+        """Return the prior of the angle."""
+        if self.angle_scale is None:
+            return Uniform(self.zero - math.pi, self.zero + math.pi)
+        return Normal(self.zero, self.angle_scale)
+
+    def encode(self, y: Tensor, covariates: Tensor, in_use: bool = False) -> _Found:
+        """Return what the network says of the copies of each image.
+
+        Parameters
+        ----------
+        y
+            Images, ``[n, C, H * W]``, about one in size.
+        covariates
+            ``[n, n_covariates]``.
+        in_use
+            Whether to compute as after training.
+        """
+        n, n_copies = len(y), len(self.angles)
+        n_channels, height, width = self.schema.channels
+        if n_copies > 1:
+            copies = look_up(y.view(n, n_channels, height, width), self.places.expand(n, -1, -1))  # [n, C, K * P]
+            y = copies.view(n, n_channels, n_copies, -1).transpose(1, 2)
+        encoder = self.encoder.as_in_use if in_use else self.encoder
+        h = encoder(y.reshape(n * n_copies, -1), covariates[:, : self.n_encoded].repeat_interleave(n_copies, 0))
+        h = h.view(n, n_copies, -1)
+        score, turn, x, y, *scales = self.found(h).unbind(-1)
+        if self.searches:
+            turn = 2 * math.pi / n_copies * turn.tanh()
+        theta_scale, *delta_scale = (softplus(scale) for scale in scales)
+        found = _Found(
+            score + self.log_weight,
+            h,
+            self.angles + turn,
+            theta_scale + _MIN_SCALE,
+            turned(torch.stack([x, y], -1), self.angles) * self.shift_scale,
+            torch.stack(delta_scale, -1) * self.shift_scale + _MIN_SCALE,
+        )
+        return found if self.searches else found.at(score.argmax(-1))
+
+    def q_of(self, inputs: Tensor, covariates: Tensor) -> TorchDistribution:
+        """Return ``q(z | u)`` of inputs that are no cells, for a VampPrior."""
+        n_channels, *_ = self.schema.channels
+        found = self.encode(inputs.unflatten(1, (n_channels, -1)), covariates, in_use=True)
+        return self.q_z((found.best() if self.searches else found).h)
+
+    def best(self, batch: Batch) -> _Found:
+        """Return what the guide says of each image, turned by the likeliest angle."""
+        found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
+        return found.best() if self.searches else found
+
+    def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of ``q(z | x)`` at the likeliest angle, each ``[n, d]``."""
+        return self.q_z.moments(self.best(batch).h)
+
+    def decode(self, z: Tensor, batch: Batch) -> Tensor:
+        """Return the expected pixels, ``[n, C * H * W]``, of the object as it is: neither turned nor shifted."""
+        return self.pixels.expected(self.decoder(z, batch.covariates, self.points, None)).flatten(1)
+
+    def per_cell(self, batch: Batch) -> dict[str, Tensor]:
+        """Return angle, ``[n]``, in radians, and shift, ``[n, 2]``, in pixels to the right and downwards.
+
+        Each with its posterior standard deviation; and what the prior says of ``z``.
+        """
+        found = self.best(batch)
+        _, height, width = self.schema.channels
+        answers = {}
+        if self.rotate:
+            answers |= {"angle": wrapped(found.theta), "angle_std": found.theta_scale}
+        if self.translate:
+            unit = max(height, width) / 2
+            answers |= {"shift": unit * found.delta, "shift_std": unit * found.delta_scale}
+        return {**answers, **self.p_z.per_cell(self.q_z.moments(found.h)[0])}
+
+
+class _Found(NamedTuple):
+    """What is said of each copy, ``[n, K, ...]``, or of the one that was chosen, ``[n, ...]``."""
+
+    score: Tensor
+    h: Tensor
+    theta: Tensor
+    theta_scale: Tensor
+    delta: Tensor
+    delta_scale: Tensor
+
+    def at(self, k: Tensor) -> _Found:
+        """Choose a copy for each image, ``[n]``, or several, ``[K, 1]``."""
+        n = torch.arange(len(self.score), device=k.device)
+        return _Found(*(part[n, k] for part in self))
+
+    def best(self) -> _Found:
+        """Choose the likeliest copy."""
+        return self.at(self.score.argmax(-1))
+
+
+_N_FOUND = 7  # score, angle, two shifts, and three scales
+_MIN_SCALE = 1e-3
