@@ -10,20 +10,20 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scvae import datasets, pl, tl
+    from scvae import datasets, pl, pp, tl
     from scvae.comparing import compare
     from scvae.fitted import Fitted, load
     from scvae.fitting import fit
 
 __version__ = version("scvae-pyro")
-__all__ = ["Fitted", "compare", "datasets", "fit", "load", "pl", "tl"]
+__all__ = ["Fitted", "compare", "datasets", "fit", "load", "pl", "pp", "tl"]
 
 _HOME = {"Fitted": "scvae.fitted", "compare": "scvae.comparing", "fit": "scvae.fitting", "load": "scvae.fitted"}
 
 
 def __getattr__(name: str) -> Any:
     """Import what is asked for when it is asked for: torch and Pyro take seconds (PEP 562)."""
-    if name in ("datasets", "pl", "tl"):
+    if name in ("datasets", "pl", "pp", "tl"):
         return import_module(f"scvae.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'scvae' has no attribute {name!r}")

@@ -51,17 +51,18 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
         ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
         ``E log q(z) - log p(z)`` of the draw, where the first term is in closed form or of the draw too.
 
-    A discrete site that the guide marks with ``infer={"enumerate": "parallel"}`` is not drawn: it takes all its values,
-    on an axis to the left of the cells', and the terms are averages over them.
+    A discrete site that the guide marks with ``infer={"enumerate": "parallel"}`` is not drawn. It takes all its values,
+    on an axis to the left of the cells', whatever probabilities the guide gives them, and the terms are averages with
+    those probabilities that make the bound highest (the E-step of EM).
     """
-    q, p = _traces(program, batch, enumerated=True)
+    q, p = _traces(program, batch)
     log_likelihood, kl = {}, {}
     for name, site in _sites(p):
         if site["is_observed"]:
             log_likelihood[name] = _log_prob(site)
             continue
         if name in q.nodes and _is_enumerated(q.nodes[name]):
-            kl[name] = _log_prob(q.nodes[name]) - _log_prob(site)
+            kl[name] = -_log_prob(site)
             continue
         try:
             divergence = kl_divergence(q.nodes[name]["fn"], site["fn"])
@@ -71,15 +72,14 @@ def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[
     for name, site in _sites(q):
         if name not in p.nodes:
             log_likelihood[name] = -_log_prob(site)
-    log_weights = [_log_prob(site) for _, site in _sites(q) if _is_enumerated(site)]
-    if log_weights:
-        weight = sum(log_weights).exp()  # [K, n]
-
-        def average(term: Tensor) -> Tensor:
-            return (weight * term).sum(0) if term.dim() > 1 else term
-
-        log_likelihood = {name: average(term) for name, term in log_likelihood.items()}
-        kl = {name: average(term) for name, term in kl.items()}
+    enumerated = [name for name, site in _sites(q) if _is_enumerated(site)]
+    if enumerated:
+        with torch.no_grad():  # the bound is at its highest in these weights
+            log_weight = (sum(log_likelihood.values()) - sum(kl.values())).log_softmax(0)  # [K, n]
+        kl[enumerated[0]] = kl[enumerated[0]] + log_weight
+        log_likelihood, kl = (
+            {name: (log_weight.exp() * term).sum(0) for name, term in terms.items()} for terms in (log_likelihood, kl)
+        )
     return log_likelihood, kl
 
 
@@ -98,7 +98,12 @@ def importance_weighted(program: Program, batch: Batch, n_samples: int = 256) ->
     :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k | x)` with :math:`z_k \sim q(z | x)`: in expectation at least the ELBO
     (which it is for ``n_samples=1``), at most the evidence, and rising with `n_samples`.
     """
-    return _log_mean_exp(lambda: _log_weight(*_traces(program, batch)), n_samples)
+
+    def log_weight() -> Tensor:
+        weight = _log_weight(*_traces(program, batch))
+        return weight.logsumexp(0) if weight.dim() > 1 else weight
+
+    return _log_mean_exp(log_weight, n_samples)
 
 
 def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
@@ -114,9 +119,8 @@ def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> T
     return _log_mean_exp(log_likelihood, n_samples)
 
 
-def _traces(program: Program, batch: Batch, enumerated: bool = False) -> tuple[Trace, Trace]:
-    guide = poutine.enum(program.guide, first_available_dim=-2) if enumerated else program.guide
-    q = poutine.trace(guide).get_trace(batch)
+def _traces(program: Program, batch: Batch) -> tuple[Trace, Trace]:
+    q = poutine.trace(poutine.enum(program.guide, first_available_dim=-2)).get_trace(batch)
     return q, poutine.trace(poutine.replay(program.model, q)).get_trace(batch)
 
 
@@ -149,7 +153,9 @@ def _mean_log_prob(site: dict) -> Tensor:
 
 
 def _log_weight(q: Trace, p: Trace) -> Tensor:
-    return sum(_log_prob(site) for _, site in _sites(p)) - sum(_log_prob(site) for _, site in _sites(q))  # type: ignore
+    """Log of the importance weight of a draw, ``[n]``, or, where a site is enumerated, of each value, ``[K, n]``."""
+    of_guide = sum(_log_prob(site) for _, site in _sites(q) if not _is_enumerated(site))
+    return sum(_log_prob(site) for _, site in _sites(p)) - of_guide  # type: ignore[return-value]
 
 
 def _log_mean_exp(draw: object, n_samples: int) -> Tensor:

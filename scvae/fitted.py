@@ -76,6 +76,13 @@ class Fitted:
         """Where the model computes."""
         return next(self.program.parameters()).device
 
+    @property
+    def n_latent(self) -> int:
+        """Numbers in a latent vector."""
+        with seeded(0, self.device), unchecked(), torch.no_grad():
+            blank = self._blank(torch.zeros(1, len(self.program.schema.widths), dtype=torch.int64, device=self.device))
+            return poutine.trace(self.program.model).get_trace(blank).nodes[self.program.latent]["value"].numel()
+
     def embed(self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error") -> np.ndarray:
         """Return the posterior mean of each cell's latent vector, ``[n_cells, n_latent]``, float32.
 
@@ -96,6 +103,25 @@ class Fitted:
         """
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
         return self._each(cells, lambda batch: self.program.embed(batch)[0])
+
+    def annotate(self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error") -> None:
+        """Write to other cells what :func:`scvae.fit` writes to those that it is given.
+
+        Parameters
+        ----------
+        adata
+            The cells, to which ``.obsm``, ``.obs`` and ``.uns["scvae"]`` are written.
+        unknown_batch, missing_genes
+            As in :meth:`embed`.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As :meth:`embed`. The AnnData is then as it was.
+        """
+        if adata.isbacked and adata.is_view:
+            raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+        self._write(adata, self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes))
 
     def denoise(
         self,
@@ -174,6 +200,81 @@ class Fitted:
             with _own(adata):
                 adata.layers[layer_added] = layer
         return result
+
+    def reconstruct(
+        self,
+        adata: AnnData,
+        *,
+        pose: str | tuple[float, float, float] = "own",
+        size: tuple[int, int] | None = None,
+        batch: str | None = None,
+    ) -> np.ndarray:
+        """Return what a model of images makes of each cell's image, ``[n_cells, channels, height, width]``, float32.
+
+        Parameters
+        ----------
+        adata
+            The cells.
+        pose
+            ``"own"``: as each lies. Or an angle in radians, from the x axis (to the right) to the y axis (downwards),
+            and a shift in pixels of the data in these two directions: all cells in that pose; ``(0, 0, 0)`` is as the
+            model has them upright. Of the program ``"pose"`` only.
+        size
+            Height and width in pixels of what is returned, which shows the same field at another resolution; by default
+            those of the data. Of the program ``"pose"`` only.
+        batch
+            Decode all cells as if they were of this batch; by default each as of its own.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As :meth:`embed`; if the model is not one of images, or has no poses.
+        """
+        if not self.program.of_images:
+            raise ValueError(f"reconstruct belongs to models of images; ask {self.program.name!r} to denoise.")
+        if isinstance(pose, str) and pose != "own":
+            raise ValueError(f"pose is 'own', or an angle and two shifts, not {pose!r}.")
+        code = None if batch is None else self._batch_codes([batch])[0]
+        given = None if isinstance(pose, str) else torch.tensor(pose, dtype=torch.float32, device=self.device)
+        if given is not None and given.shape != (3,):
+            raise ValueError(f"pose is an angle and two shifts, three numbers, not {pose!r}.")
+
+        def images(cells: Batch) -> Tensor:
+            z = self.program.embed(cells)[0]
+            where = self.program.pose_of(cells) if given is None else given.expand(len(cells), -1)
+            to = cells if code is None else _as_of(cells, code, self.program.schema)
+            return self.program.render(z, to, where, size)
+
+        return self._each(self._cells(adata), images)
+
+    def decode(self, z: np.ndarray, *, batch: str | Sequence[str] | None = None) -> np.ndarray:
+        """Return the expression, or the image, that latent vectors stand for, ``[n, n_genes]``, float32.
+
+        Parameters
+        ----------
+        z
+            Latent vectors, ``[n, n_latent]``, such as :meth:`embed` returns.
+        batch
+            Of which batch; of several, and by default of all, the mean.
+
+        Returns
+        -------
+        numpy.ndarray
+            Of counts, fractions that sum to one; of images, expected pixels, ``[n, channels, height, width]``.
+
+        Raises
+        ------
+        ValueError
+            If the model does not know the batch.
+        """
+        schema, device = self.program.schema, self.device
+        codes = range(len(schema.batches)) if batch is None else self._batch_codes(batch)
+        with unchecked(), torch.no_grad():
+            vectors = torch.as_tensor(np.asarray(z, dtype=np.float32), device=device)
+            blank = self._blank(torch.zeros(len(vectors), len(schema.widths), dtype=torch.int64, device=device))
+            total = sum(self.program.decode(vectors, _as_of(blank, code, schema)) for code in codes)
+        decoded = (total / len(codes)).cpu().numpy()
+        return decoded.reshape(len(decoded), *schema.channels) if self.program.of_images else decoded
 
     def generate(self, n: int, *, batch: str | None = None, seed: int = 0) -> AnnData:
         """Draw new cells from the prior.
@@ -439,6 +540,8 @@ def _schema(content: dict[str, Any]) -> Schema:
 
 def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
     """Return the same cells as if they were of another batch."""
+    if schema.batch_key is None:
+        return batch
     covariates = batch.covariates.clone()
     covariates[:, : len(schema.batches)] = 0
     covariates[:, code] = 1

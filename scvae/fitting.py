@@ -125,11 +125,10 @@ def fit(
     where = device_of(device)
     kind = _program(program)
     training_names = [field.name for field in fields(Training)]
-    training = Training(
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        **{name: options.pop(name) for name in list(options) if name in training_names},
-    )
+    given = {name: options.pop(name) for name in list(options) if name in training_names}
+    if max_epochs is not None:
+        given["max_epochs"] = max_epochs
+    training = Training(batch_size=batch_size, **{**kind.defaults, **given})
     if size_factor_key is not None:
         if kind.kind != "counts" or kind.of_images:
             models = "images" if kind.of_images else "real numbers"

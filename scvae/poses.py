@@ -120,7 +120,7 @@ class MapDecoder(nn.Module):
         Parameters
         ----------
         z
-            ``[..., n, d]``.
+            ``[n, d]``.
         covariates
             ``[n, n_covariates]``.
         points
@@ -128,13 +128,14 @@ class MapDecoder(nn.Module):
         pose
             From these to coordinates of the object, ``[..., n, 3, 2]``, see :func:`to_object`; None: the same.
         """
-        rows, covariates = _rows(z, covariates)
-        images = self.out(self.layers(rows, covariates), covariates).view(-1, *self.shape)
+        images = self.out(self.layers(z, covariates), covariates).view(-1, *self.shape)
         if pose is None:
-            places = (points / self.halves).expand(len(images), -1, -1)
-        else:
-            places = _moved(points, (pose / self.halves).flatten(0, -3))
-        return look_up(images, places).view(*z.shape[:-1], self.shape[0], -1)
+            return look_up(images, (points / self.halves).expand(len(images), -1, -1))
+        places = _moved(points, pose / self.halves)
+        if places.dim() == 3:
+            return look_up(images, places)
+        seen = look_up(images, places.transpose(0, 1).flatten(1, 2))  # [n, C, K * P]
+        return seen.unflatten(2, (len(places), -1)).permute(2, 0, 1, 3)
 
     def weights(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts."""
@@ -171,8 +172,8 @@ class CoordinateDecoder(nn.Module):
 
     def forward(self, z: Tensor, covariates: Tensor, points: Tensor, pose: Tensor | None) -> Tensor:
         """Return ``a``, ``[..., n, C, P]``; see :class:`MapDecoder`."""
-        of_z = self.of_z(*_rows(z, covariates)).view(*z.shape[:-1], 1, -1)
-        of_points = points @ self.of_points if pose is None else _moved(points, pose.flatten(0, -3) @ self.of_points).view(*z.shape[:-1], len(points), -1)
+        of_z = self.of_z(z, covariates).unsqueeze(-2)
+        of_points = points @ self.of_points if pose is None else _moved(points, pose @ self.of_points)
         h = (of_z + of_points).tanh()
         for layer in self.hidden:
             h = layer(h).tanh()
@@ -183,15 +184,10 @@ class CoordinateDecoder(nn.Module):
         return []
 
 
-def _rows(z: Tensor, covariates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``z``, ``[..., n, d]``, and the covariates of the ``n`` cells as matrices of as many rows."""
-    return z.flatten(0, -2), covariates.expand(*z.shape[:-1], -1).flatten(0, -2)
-
-
 def _moved(points: Tensor, matrices: Tensor) -> Tensor:
-    """Return ``[x, y, 1] @ A``, ``[N, P, k]``, of points, ``[P, 2]``, and matrices, ``[N, 3, k]``, by one product."""
+    """Return ``[x, y, 1] @ A``, ``[..., P, k]``, of points, ``[P, 2]``, and matrices, ``[..., 3, k]``."""
     with_one = torch.cat([points, torch.ones_like(points[:, :1])], 1)
-    return (matrices.mT.flatten(0, 1) @ with_one.mT).view(len(matrices), -1, len(points)).mT
+    return (matrices.mT.flatten(0, -2) @ with_one.mT).view(*matrices.shape[:-2], -1, len(points)).mT
 
 
 _SHARPNESS = 3.0  # of the coordinates' weights at the start, so that edges need not grow slowly

@@ -67,7 +67,7 @@ class WrappedNormal(TorchDistribution):
         return torch.logsumexp(-squares / 2, -1) - scale.squeeze(-1).log() - math.log(2 * math.pi) / 2
 
     def entropy(self) -> Tensor:
-        r"""Return the entropy, nats: of the normal where it is narrow, else with :math:`q = e^{-\sigma^2}`
+        r"""Return the entropy, nats: of the normal where it is narrow, else a series in :math:`q = e^{-\sigma^2}`.
 
         .. math:: \log 2 \pi - \sum_n \log(1 - q^n) + 2 \sum_n \frac{(-1)^n}{n} \frac{q^{n (n + 1) / 2}}{1 - q^n}.
         """

@@ -15,11 +15,13 @@ half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, 
 one of the likelihoods of :class:`~scvae.pixels.Pixels`. (The paper adds a shift after the rotation, which is the same
 model, as the prior of the shift is the same in all directions.)
 
-Guide: :math:`q(z, \theta, \Delta \mid x) = q(z \mid x)\, q(\theta \mid x)\, \mathcal N(\Delta; \mu, \sigma^2)`, with a
-wrapped or a plain normal of :math:`\theta`. An encoder that answers an angle at once does so badly: images that are
-nearly the same have answers that are a whole turn apart. Here one network sees the image turned by :math:`K` angles,
-says of each copy how upright it is and by how much it is still turned and shifted, and the answers are averaged on the
-circle, weighted by a softmax. The content is read off the image when it is turned and shifted back.
+Guide: :math:`q(z | x)\, q(k | x)\, q(\theta | k, x)\, \mathcal N(\Delta; \mu_k, \sigma_k^2)`, with a wrapped or a plain
+normal of :math:`\theta`. A network that answers an angle at once does so badly: images that are nearly the same have
+answers that are a whole turn apart. Here a network sees the image turned by :math:`K` angles and says by how much each
+of these copies is still turned and shifted; all of them are rendered, and :math:`q(k | x)` is the best there is, the
+exact E-step. (:math:`k` belongs to the model too, as the copy whose angle is near :math:`\theta`, which leaves
+:math:`p(x)` as it is.) The content is read off the mean over the copies, so that it is the same however the image was
+turned, but for the angles between theirs.
 
 References
 ----------
@@ -89,13 +91,21 @@ class Pose(Program):
 
     name = "pose"
     of_images = True
+    #: Of a KL weight that falls: a content of few words comes first, by which the same things come to lie the same way.
+    defaults = {
+        "max_epochs": 20,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "kl_start": 6.0,
+        "kl_warmup": 0.8,
+    }
 
     def __init__(
         self,
         schema: Schema,
         *,
         n_latent: int = 10,
-        n_hidden: int = 256,
+        n_hidden: int = 128,
         n_layers: int = 2,
         pixels: str = "bernoulli",
         rotate: bool = True,
@@ -103,7 +113,7 @@ class Pose(Program):
         angle_scale: float | None = None,
         shift_scale: float = 0.1,
         encoder: str = "rotations",
-        n_rotations: int = 16,
+        n_rotations: int = 8,
         decoder: str = "map",
         encode_covariates: bool = True,
         dropout_rate: float = 0.0,
@@ -143,6 +153,7 @@ class Pose(Program):
             raise ValueError("n_rotations is at least 2, and n_layers at least 1.")
         self.rotate, self.translate, self.angle_scale = rotate, translate, angle_scale
         shape = n_channels, height, width = schema.channels
+        self.unit = max(height, width) / 2  # pixels
         n_pixels, n_covariates = math.prod(shape), schema.n_covariates
         self.n_encoded = n_covariates if encode_covariates else 0
 
@@ -150,6 +161,8 @@ class Pose(Program):
         self.searches = rotate and encoder == "rotations"
         n_copies = n_rotations if self.searches else 1
         self.encoder = Layers(n_pixels, self.n_encoded, n_hidden, n_layers, dropout_rate)
+        self.reader = Layers(n_hidden, 0, n_hidden, 1, dropout_rate)
+        self.finder = Layers(2 * n_hidden, 0, n_hidden, 1, dropout_rate)
         self.found = nn.Linear(n_hidden, _N_FOUND)
         self.q_z = posterior_of(posterior, n_hidden, n_latent, flow_depth=flow_depth, flow_width=flow_width)
         self.p_z = prior_of(
@@ -163,20 +176,19 @@ class Pose(Program):
             self.decoder = CoordinateDecoder(n_latent, n_covariates, n_channels, n_hidden, n_layers)
 
         self.register_buffer("points", grid(height, width), persistent=False)  # [P, 2]
-        angles = 2 * math.pi * torch.arange(n_copies) / n_copies
+        self.spacing = 2 * math.pi / n_copies
+        angles = self.spacing * (torch.arange(n_copies) - (n_copies - 1) / 2)
         self.register_buffer("angles", angles, persistent=False)  # [K]
         places = turned(grid(height, width), angles.unsqueeze(1)) * max(height, width) / torch.tensor([width, height])
         self.register_buffer("places", places.view(1, -1, 2), persistent=False)  # [1, K * P, 2]
-        nearest = torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
-        log_weight = torch.zeros(n_copies) if angle_scale is None else -((nearest / angle_scale) ** 2) / 2
-        self.register_buffer("log_weight", log_weight, persistent=False)  # [K]
+        self.register_buffer("evenly", torch.full((n_copies,), 1 / n_copies), persistent=False)
         self.register_buffer("zero", torch.zeros(()), persistent=False)
         self.register_buffer("shift_scale", torch.full((2,), shift_scale), persistent=False)
 
     points: Tensor
     angles: Tensor
     places: Tensor
-    log_weight: Tensor
+    evenly: Tensor
     zero: Tensor
     shift_scale: Tensor
 
@@ -199,29 +211,30 @@ class Pose(Program):
         with pyro.plate("cells", len(batch)):
             z = pyro.sample("z", self.p_z(self.q_of))  # [n, d]
             theta = pyro.sample("theta", self.p_theta()) if self.rotate else None  # [n]
-            delta = pyro.sample("Delta", Normal(0.0, self.shift_scale).to_event(1)) if self.translate else None  # [n,2]
-            if self.searches:
+            delta = pyro.sample("Delta", self.p_delta()) if self.translate else None  # [n, 2]
+            if theta is not None and self.searches:
                 pyro.sample("k", Categorical(logits=self.nearness(theta)))  # [n]
             a = self.decoder(z, batch.covariates, self.points, to_object(theta, delta))
             pyro.sample("x", self.pixels(a), obs=None if batch.counts is None else batch.values)  # [n, C * H * W]
 
     def guide(self, batch: Batch) -> None:
-        """x -> k -> z, theta, Delta."""
-        found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
+        """x -> z; x -> k -> theta, Delta."""
+        h, found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
         with pyro.plate("cells", len(batch)):
+            pyro.sample("z", self.q_z(h))  # [n, d]
+            k = 0
             if self.searches:
-                k = pyro.sample("k", Categorical(logits=found.score), infer={"enumerate": "parallel"})  # [n]
-                found = found.at(k)
-            pyro.sample("z", self.q_z(found.h))  # [n, d]
+                k = pyro.sample("k", Categorical(self.evenly), infer={"enumerate": "parallel"})  # [n]
+            pose = found.at(k)
             if self.rotate:
                 family = WrappedNormal if self.angle_scale is None else Normal
-                pyro.sample("theta", family(found.theta, found.theta_scale))  # [n]
+                pyro.sample("theta", family(pose.theta, pose.theta_scale))  # [n]
             if self.translate:
-                pyro.sample("Delta", Normal(found.delta, found.delta_scale).to_event(1))  # [n, 2]
+                pyro.sample("Delta", Normal(pose.delta, pose.delta_scale).to_event(1))  # [n, 2]
 
     def nearness(self, theta: Tensor) -> Tensor:
         """Return logits of the copies, ``[..., K]``, by how near their angle is to that of the object, ``[...]``."""
-        return (theta.unsqueeze(-1) - self.angles).cos() / (math.pi / len(self.angles)) ** 2
+        return (theta.unsqueeze(-1) - self.angles).cos() / (self.spacing / 2) ** 2
 
     def p_theta(self) -> TorchDistribution:
         """Return the prior of the angle."""
@@ -229,8 +242,12 @@ class Pose(Program):
             return Uniform(self.zero - math.pi, self.zero + math.pi)
         return Normal(self.zero, self.angle_scale)
 
-    def encode(self, y: Tensor, covariates: Tensor, in_use: bool = False) -> _Found:
-        """Return what the network says of the copies of each image.
+    def p_delta(self) -> TorchDistribution:
+        """Return the prior of the shift."""
+        return Normal(0.0, self.shift_scale).to_event(1)
+
+    def encode(self, y: Tensor, covariates: Tensor, in_use: bool = False) -> tuple[Tensor, _Found]:
+        """Return the last hidden layer that ``z`` is read off, ``[n, n_hidden]``, and the pose by each copy.
 
         Parameters
         ----------
@@ -243,44 +260,71 @@ class Pose(Program):
         """
         n, n_copies = len(y), len(self.angles)
         n_channels, height, width = self.schema.channels
+        encoder, reader, finder = (
+            layers.as_in_use if in_use else layers for layers in (self.encoder, self.reader, self.finder)
+        )
         if n_copies > 1:
             copies = look_up(y.view(n, n_channels, height, width), self.places.expand(n, -1, -1))  # [n, C, K * P]
             y = copies.view(n, n_channels, n_copies, -1).transpose(1, 2)
-        encoder = self.encoder.as_in_use if in_use else self.encoder
-        h = encoder(y.reshape(n * n_copies, -1), covariates[:, : self.n_encoded].repeat_interleave(n_copies, 0))
-        h = h.view(n, n_copies, -1)
-        score, turn, x, y, *scales = self.found(h).unbind(-1)
+        seen = covariates[:, : self.n_encoded]
+        of_copies = encoder(y.reshape(n * n_copies, -1), seen.repeat_interleave(n_copies, 0)).view(n, n_copies, -1)
+        h = reader(of_copies.mean(1))
+        both = torch.cat([of_copies, h.unsqueeze(1).expand_as(of_copies)], -1)
+        turn, x, y, *scales = self.found(finder(both.flatten(0, 1))).view(n, n_copies, -1).unbind(-1)
         if self.searches:
-            turn = 2 * math.pi / n_copies * turn.tanh()
+            turn = self.spacing * turn.tanh()
         theta_scale, *delta_scale = (softplus(scale) for scale in scales)
-        found = _Found(
-            score + self.log_weight,
-            h,
+        return h, _Found(
             self.angles + turn,
             theta_scale + _MIN_SCALE,
             turned(torch.stack([x, y], -1), self.angles) * self.shift_scale,
             torch.stack(delta_scale, -1) * self.shift_scale + _MIN_SCALE,
         )
-        return found if self.searches else found.at(score.argmax(-1))
 
     def q_of(self, inputs: Tensor, covariates: Tensor) -> TorchDistribution:
         """Return ``q(z | u)`` of inputs that are no cells, for a VampPrior."""
         n_channels, *_ = self.schema.channels
-        found = self.encode(inputs.unflatten(1, (n_channels, -1)), covariates, in_use=True)
-        return self.q_z((found.best() if self.searches else found).h)
-
-    def best(self, batch: Batch) -> _Found:
-        """Return what the guide says of each image, turned by the likeliest angle."""
-        found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
-        return found.best() if self.searches else found
+        return self.q_z(self.encode(inputs.unflatten(1, (n_channels, -1)), covariates, in_use=True)[0])
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of ``q(z | x)`` at the likeliest angle, each ``[n, d]``."""
-        return self.q_z.moments(self.best(batch).h)
+        """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""
+        return self.q_z.moments(self.encode(self.pixels.inputs(batch.values), batch.covariates)[0])
+
+    def best(self, batch: Batch) -> _Found:
+        """Return the pose of each image by the copy by which it fits best, at the mean of the content."""
+        h, found = self.encode(self.pixels.inputs(batch.values), batch.covariates)
+        if not self.searches:
+            return found.at(0)
+        theta, delta = found.theta.T, found.delta.transpose(0, 1)
+        pose = to_object(theta, delta if self.translate else None)
+        a = self.decoder(self.q_z.moments(h)[0], batch.covariates, self.points, pose)
+        fit = self.pixels(a).log_prob(batch.values)  # [K, n]
+        if self.angle_scale is not None:
+            fit = fit + self.p_theta().log_prob(theta)
+        if self.translate:
+            fit = fit + self.p_delta().log_prob(delta)
+        return found.at(fit.argmax(0))
 
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the expected pixels, ``[n, C * H * W]``, of the object as it is: neither turned nor shifted."""
         return self.pixels.expected(self.decoder(z, batch.covariates, self.points, None)).flatten(1)
+
+    def pose_of(self, batch: Batch) -> Tensor | None:
+        """Return angle in radians and shift in pixels of each image, ``[n, 3]``."""
+        found = self.best(batch)
+        theta = found.theta if self.rotate else torch.zeros_like(found.theta)
+        delta = self.unit * found.delta if self.translate else torch.zeros_like(found.delta)
+        return torch.cat([theta.unsqueeze(-1), delta], -1)
+
+    def render(self, z: Tensor, batch: Batch, pose: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        """Return the images that latent vectors stand for, in any pose and size; see :class:`Program`."""
+        n_channels, height, width = self.schema.channels
+        to_height, to_width = size or (height, width)
+        points = grid(to_height, to_width, unit=1.0).to(z.device)
+        points = points * points.new_tensor([width / to_width, height / to_height]) / self.unit
+        matrices = None if pose is None else to_object(pose[:, 0], pose[:, 1:] / self.unit)
+        a = self.decoder(z, batch.covariates, points, matrices)
+        return self.pixels.expected(a).view(len(z), n_channels, to_height, to_width)
 
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
         """Return angle, ``[n]``, in radians, and shift, ``[n, 2]``, in pixels to the right and downwards.
@@ -288,35 +332,30 @@ class Pose(Program):
         Each with its posterior standard deviation; and what the prior says of ``z``.
         """
         found = self.best(batch)
-        _, height, width = self.schema.channels
-        answers = {}
+        answers: dict[str, Tensor] = {}
         if self.rotate:
             answers |= {"angle": wrapped(found.theta), "angle_std": found.theta_scale}
         if self.translate:
-            unit = max(height, width) / 2
-            answers |= {"shift": unit * found.delta, "shift_std": unit * found.delta_scale}
-        return {**answers, **self.p_z.per_cell(self.q_z.moments(found.h)[0])}
+            answers |= {"shift": self.unit * found.delta, "shift_std": self.unit * found.delta_scale}
+        return {**answers, **self.p_z.per_cell(self.embed(batch)[0])}
 
 
 class _Found(NamedTuple):
-    """What is said of each copy, ``[n, K, ...]``, or of the one that was chosen, ``[n, ...]``."""
+    """Means and standard deviations of angle and shift by each copy, ``[n, K, ...]``, or by one of them, ``[n, ...]``.
 
-    score: Tensor
-    h: Tensor
+    Angles are in radians, shifts in units of half of the longer side of the image.
+    """
+
     theta: Tensor
     theta_scale: Tensor
     delta: Tensor
     delta_scale: Tensor
 
-    def at(self, k: Tensor) -> _Found:
-        """Choose a copy for each image, ``[n]``, or several, ``[K, 1]``."""
-        n = torch.arange(len(self.score), device=k.device)
+    def at(self, k: Tensor | int) -> _Found:
+        """Choose a copy for each image, ``[n]``, or one for all, or several for all, ``[K, 1]``."""
+        n = torch.arange(len(self.theta), device=self.theta.device)
         return _Found(*(part[n, k] for part in self))
 
-    def best(self) -> _Found:
-        """Choose the likeliest copy."""
-        return self.at(self.score.argmax(-1))
 
-
-_N_FOUND = 7  # score, angle, two shifts, and three scales
+_N_FOUND = 6  # angle, two shifts, and a scale of each
 _MIN_SCALE = 1e-3

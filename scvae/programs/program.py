@@ -34,6 +34,8 @@ class Program(nn.Module, ABC):
     kind: ClassVar[str] = "counts"
     #: Whether it models images, ``image_key``, and not genes.
     of_images: ClassVar[bool] = False
+    #: Settings of :class:`~scvae.svi.Training` that it takes where the user gives none.
+    defaults: ClassVar[Mapping[str, Any]] = {}
     #: Name of the site of the latent vector.
     latent: ClassVar[str] = "z"
 
@@ -66,6 +68,28 @@ class Program(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the expression that a latent vector stands for, ``[n, G]``: of counts, fractions that sum to one."""
+
+    def pose_of(self, batch: Batch) -> Tensor | None:
+        """Return angle in radians and shift in pixels of each image, ``[n, 3]``; None of programs without poses."""
+        return None
+
+    def render(self, z: Tensor, batch: Batch, pose: Tensor | None, size: tuple[int, int] | None) -> Tensor:
+        """Return the images that latent vectors stand for, ``[n, C, H, W]``; only of programs of images.
+
+        Parameters
+        ----------
+        z
+            ``[n, d]``.
+        batch
+            The cells, or others of the same covariates.
+        pose
+            Angle in radians and shift in pixels, ``[n, 3]``; None, and a program without poses, as the object is.
+        size
+            Height and width; None, and a program whose images have one size only, those of the data.
+        """
+        if pose is not None or size is not None:
+            raise ValueError(f"{self.name!r} knows its images in one pose and one size: leave pose and size out.")
+        return self.decode(z, batch).view(len(z), *self.schema.channels)
 
     def decayed(self) -> list[Tensor]:
         """Return the weights that training shrinks by ``weight_decay``; by default none."""
