@@ -114,7 +114,11 @@ def fit(
     output: Output = None,
     model: Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")] = None,
     program: Annotated[
-        str, typer.Option(help="zinb (counts), gaussian (real numbers), vq (counts, discrete codes), vq_gaussian.")
+        str,
+        typer.Option(
+            help="zinb (counts), gaussian (real numbers), vq (counts, discrete codes), vq_gaussian, pose (images), "
+            "matrix_normal (images)."
+        ),
     ] = "zinb",
     batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
     layer: Layer = None,

@@ -49,7 +49,7 @@ def fit(
         Cells by genes. Raw counts, or what the program models, in ``.X`` or in `layer`: CSR, CSC, dense, backed, dask.
     program
         Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers, ``"vq"`` and ``"vq_gaussian"`` for
-        discrete codes of either), or a
+        discrete codes of either, ``"pose"`` and ``"matrix_normal"`` for images), or a
         :class:`~scvae.programs.Program` class of your own.
     layer
         Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.

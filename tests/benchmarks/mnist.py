@@ -70,8 +70,8 @@ SETTINGS = {
     "n_latent": 20,
     "n_hidden": 300,
     "n_layers": 2,
-    "dropout_rate": 0.2,
-    "max_epochs": 100,
+    "dropout_rate": 0.3,
+    "max_epochs": 150,
     "learning_rate": 1e-3,
     "weight_decay": 0.3,
 }
