@@ -177,11 +177,19 @@ def fit(
         ),
     ] = None,
     kl_weight: Annotated[
-        float, typer.Option(min=0, help="Weight of the KL terms; below 1, types lie further apart.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            min=0, help="Weight of the KL terms; below 1, types lie further apart. [default: 1]", show_default=False
+        ),
+    ] = None,
     weight_decay: Annotated[
-        float, typer.Option(min=0, help="How strongly the decoder's weights are held back; lower mixes batches more.")
-    ] = 1.2,
+        float | None,
+        typer.Option(
+            min=0,
+            help="How strongly the decoder's weights are held back; lower mixes batches more. [default: 1.2, of zinb]",
+            show_default=False,
+        ),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(
@@ -229,6 +237,11 @@ def fit(
     named = {"posterior": posterior, "prior": prior, "likelihood": likelihood, "dispersion": dispersion}
     options: dict[str, Any] = {
         **{name: str(value) for name, value in {**named, "library": library}.items() if value is not None},
+        **{
+            name: value
+            for name, value in {"kl_weight": kl_weight, "weight_decay": weight_decay}.items()
+            if value is not None
+        },
         **dict(_option(text) for text in option or ()),
     }
     adata = _read(input)
@@ -250,8 +263,6 @@ def fit(
         seed=seed,
         key_added=key_added,
         check_counts=check_counts,
-        kl_weight=kl_weight,
-        weight_decay=weight_decay,
         **options,
     )
     if model is not None:

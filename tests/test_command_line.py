@@ -12,6 +12,7 @@ import pytest
 
 import scvae
 import scvae.__main__ as command_line
+import scvae.programs
 
 DATA = Path(__file__).parents[1] / "data" / "simulated_small.h5ad"
 
@@ -58,6 +59,26 @@ def test_fit_writes_what_the_function_writes(run, tmp_path):
     np.testing.assert_array_equal(written.obsm["X_mine_std"], adata.obsm["X_mine_std"])
     assert (written.X != anndata.read_h5ad(DATA).X).nnz == 0
     assert scvae.load(tmp_path / "model").program.options["likelihood"] == "nb"
+
+
+@pytest.mark.parametrize("program", ["pose", "matrix_normal"])
+def test_programs_of_images_are_fitted_too(run, tmp_path, program):
+    images = np.random.default_rng(0).uniform(size=(40, 8, 8)).astype(np.float32)
+    anndata.AnnData(shape=(40, 0), obsm={"image": images}).write_h5ad("images.h5ad")
+    code, _, err = run(
+        "fit", "images.h5ad", "--program", program, "--image-key", "image", "--output", "out.h5ad", "--model", "model",
+        "--n-latent", 2, "--max-epochs", 1, "--option", "n_hidden=8",
+    )  # fmt: skip
+    assert code == 0, err
+    written = anndata.read_h5ad("out.h5ad")
+    assert ("scvae_angle" in written.obs) == (program == "pose")
+    defaults = scvae.programs.PROGRAMS[program].defaults
+    expected = {**defaults, "max_epochs": 1}
+    assert {k: written.uns["scvae"]["training"][k] for k in expected} == expected
+    code, _, err = run("embed", "images.h5ad", "--model", "model", "--output", "embedded.h5ad")
+    assert code == 0, err
+    again = anndata.read_h5ad("embedded.h5ad")
+    assert np.array_equal(again.obsm["X_scvae"], written.obsm["X_scvae"])
 
 
 def test_embed_repeats_the_embedding_of_the_fit(run, tmp_path):
