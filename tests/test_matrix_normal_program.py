@@ -236,6 +236,13 @@ def test_it_is_fitted_and_answers(fit, posterior, pixels, tmp_path):
     assert not np.allclose(*as_of)
     assert np.allclose(loaded.denoise(adata, batch=["0", "1"]), np.mean(as_of, 0), atol=1e-4)
 
+    # It shows images: what it makes of a cell, and what maps stand for.
+    images = loaded.reconstruct(adata)
+    assert images.shape == (60, 1, 8, 12)
+    assert np.allclose(images.reshape(60, -1), loaded.denoise(adata), atol=1e-4)
+    assert loaded.n_latent == 18
+    assert np.allclose(loaded.decode(adata.obsm["X_scvae"]).reshape(60, -1), np.mean(as_of, 0), atol=1e-3)
+
     # What it wrote survives the file.
     adata.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
@@ -331,6 +338,14 @@ def test_images_that_the_likelihood_cannot_be_of_are_refused(refused):
         pixels="bernoulli",
     )
     refused(images_of("gaussian"), ValueError, "holds values that are not whole numbers", pixels="nb")
+
+
+@pytest.mark.parametrize("asked", [{"pose": (0.0, 0.0, 0.0)}, {"size": (16, 24)}])
+def test_it_has_neither_poses_nor_other_sizes(fit, asked):
+    adata = images_of()
+    model = fit(adata, **OPTIONS)
+    with pytest.raises(ValueError, match="'matrix_normal' knows its images in one pose and one size"):
+        model.reconstruct(adata, **asked)
 
 
 def test_a_minibatch_without_images_is_drawn_with_its_covariates():
