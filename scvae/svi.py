@@ -29,7 +29,7 @@ class Training:
     ----------
     max_epochs
         Passes through the training cells. By default a number of steps decides: four passes, but at least 500 and at
-        most 2,000 steps, and at least one pass.
+        most 1,500 steps, and at least one pass.
     batch_size
         Cells in a minibatch, at most.
     learning_rate
@@ -61,7 +61,7 @@ class Training:
     validation_fraction: float = 0.0
     patience: int = 10
 
-    default_epochs, min_steps, max_steps = 4, 500, 2000
+    default_epochs, min_steps, max_steps = 4, 500, 1500
     full_decay_cells = 1500
     n_evaluations = 50
     max_validation_cells = 2048
