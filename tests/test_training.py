@@ -90,7 +90,7 @@ def test_history_is_of_at_most_fifty_evaluations_and_ends_with_the_last_step(pro
 
 
 @pytest.mark.parametrize(
-    ("per_epoch", "epochs"), [(1, 500), (6, 83), (125, 4), (400, 4), (500, 4), (782, 3), (2000, 1), (7813, 1)]
+    ("per_epoch", "epochs"), [(1, 500), (6, 83), (125, 4), (400, 4), (500, 3), (782, 2), (2000, 1), (7813, 1)]
 )
 def test_by_default_a_number_of_steps_decides(per_epoch, epochs):
     assert Training().epochs(per_epoch) == epochs
