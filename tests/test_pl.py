@@ -182,3 +182,9 @@ def test_what_is_no_grid_of_images_is_refused(shape, options, message):
     with pytest.raises(ValueError, match=message):
         pl.images(np.ones(shape), **options)
     assert plt.get_fignums() == []
+
+
+def test_titles_may_be_a_column_of_obs():
+    images = np.random.default_rng(0).uniform(size=(4, 5, 5))
+    for titles in (np.array(["a", "b", "c", "d"]), pd.Series(["a", "b", "c", "d"])):
+        assert [text.get_text() for text in pl.images(images, titles=titles).texts] == ["a", "b", "c", "d"]

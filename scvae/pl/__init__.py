@@ -417,7 +417,7 @@ def _grid(
     ax.set_xticks(*([], []) if column_labels is None else (middles[: len(column_labels)], column_labels))
     middles = np.arange(len(rows)) * down + above + (height - 1) / 2
     ax.set_yticks(*([], []) if row_labels is None else (middles, row_labels))
-    for (i, j), title in zip(places if titles is not None else [], titles or [], strict=True):
+    for (i, j), title in zip(places, [] if titles is None else titles, strict=titles is not None):
         x, y = j * right + gap + (width - 1) / 2, i * down + above - 1
         ax.text(x, y, title, ha="center", va="bottom", fontsize="small")
     if channels is not None:
