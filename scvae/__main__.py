@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from enum import StrEnum
@@ -16,9 +15,6 @@ except ModuleNotFoundError as error:
     raise SystemExit('scvae: the command line needs typer: pip install "scvae-pyro[cli]"') from error
 
 import scvae
-
-# Threads that wait should sleep: where other jobs want the cores too, those that spin make a fit ten times as slow.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported
 
 if TYPE_CHECKING:
     from anndata import AnnData

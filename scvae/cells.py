@@ -172,6 +172,24 @@ class Cells:
         Giving the number of their non-zeros spares a wait for the device. With `padded` it may be larger than that:
         what is too many repeats the last non-zero and counts for nothing, so that batches can have the same shapes.
         """
+        counts = SparseCounts(
+            *self._nonzeros(rows, n_nonzero, padded), (len(rows), self.n_genes), self.log_factorial[rows], padded
+        )
+        return Batch(
+            counts,
+            self.library_size[rows],
+            self.schema.batch_of(self.codes[rows]),
+            self.schema.covariates(self.codes[rows], self.continuous[rows]),
+            None if self.size_factor is None else self.size_factor[rows],
+        )
+
+    def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the non-zeros of these cells: values, cells and genes."""
+        if self.device.type == "cpu" and not padded:
+            from scvae import kernels  # not sooner, for numba takes its time
+
+            arrays = (a.numpy() for a in (self.values, self.genes, self.offsets, rows))
+            return tuple(map(torch.from_numpy, kernels.take_rows(*arrays)))  # type: ignore
         n = len(rows)
         start = self.offsets[rows]
         length = self.offsets[rows + 1] - start
@@ -183,21 +201,7 @@ class Cells:
         entry = shift[cell] + torch.arange(len(cell), device=self.device)
         if padded:
             entry = torch.where(cell < n, entry, self.offsets[rows[-1] + 1] - 1)
-        counts = SparseCounts(
-            _take(self.values, entry),
-            cell,
-            _take(self.genes, entry),
-            (n, self.n_genes),
-            self.log_factorial[rows],
-            padded,
-        )
-        return Batch(
-            counts,
-            self.library_size[rows],
-            self.schema.batch_of(self.codes[rows]),
-            self.schema.covariates(self.codes[rows], self.continuous[rows]),
-            None if self.size_factor is None else self.size_factor[rows],
-        )
+        return _take(self.values, entry), cell, _take(self.genes, entry)
 
     def parts(self, size: int, rows: Tensor | None = None, shuffle: bool = False) -> Iterator[tuple[Tensor, int]]:
         """Go once through the cells (or through `rows`), in order or shuffled, in parts of at most `size`.

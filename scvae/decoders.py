@@ -76,9 +76,9 @@ class CountDecoder(nn.Module):
     def forward(self, z: Tensor, l: Tensor, batch: Batch) -> Any:
         """Return the distribution of the counts, ``[n, G]``, given ``z``, ``[n, n_latent]``, and ``l``, ``[n]``."""
         h = self.layers(z, batch.covariates)
-        log_mean = log_softmax(self.w(h, batch.covariates), -1) + l.log().unsqueeze(-1)  # [n, G]
+        mean = {"log_mean": self.w(h, batch.covariates), "log_total": l.log()}  # l softmax(f_w), [n, G]
         if self.log_theta is None:
-            return Poisson(log_mean=log_mean)
+            return Poisson(**mean)
         if isinstance(self.log_theta, LinearWithCovariates):
             theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
@@ -86,10 +86,8 @@ class CountDecoder(nn.Module):
         else:
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:
-            return NegativeBinomial(log_mean=log_mean, inverse_dispersion=theta)
-        return ZeroInflatedNegativeBinomial(
-            log_mean=log_mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates)
-        )
+            return NegativeBinomial(**mean, inverse_dispersion=theta)
+        return ZeroInflatedNegativeBinomial(**mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates))
 
     def rho(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the expression as fractions of the whole, ``[n, G]``."""

@@ -330,6 +330,58 @@ def test_sparse_dense_and_elementwise_counts_give_the_same_values_and_slopes(fam
         torch.testing.assert_close(a.double(), c, rtol=rtol, atol=rtol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("theta_shape", [(11,), (7, 11)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_total_the_means_are_its_softmax_and_slopes_go_through_it(family, theta_shape, dtype):
+    mean, *parameters, counts = random_parameters((7, 11), theta_shape, (7, 11), dtype=dtype)
+    logits, log_total = 20 * mean.log() - 50, torch.linspace(-3, 9, 7, dtype=dtype)  # far from normalised
+    counts[2], counts[3] = 0, counts[3] + 1
+    sparse = SparseCounts.from_dense(counts)
+
+    def fused(logits, log_total, theta, gate):
+        return distribution(family, None, theta, gate, log_mean=logits, log_total=log_total)
+
+    def apart(logits, log_total, theta, gate):
+        mean = log_total.exp().unsqueeze(-1) * logits.softmax(-1)
+        return elementwise(family, mean, theta, gate)(counts.double()).sum(-1)
+
+    theirs = with_slopes(apart, [p.double() for p in (logits, log_total, *parameters)])
+    for x in (counts, sparse):
+        ours = with_slopes(lambda *p, x=x: fused(*p).log_prob(x), (logits, log_total, *parameters))
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == dtype
+            tolerance = 2e-4 if dtype == torch.float32 else 1e-7
+            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
+    d = fused(logits, log_total, *parameters)
+    torch.testing.assert_close(d.log_mean.exp().sum(-1), log_total.exp(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(d.expand((2, 7)).log_prob(counts), d.log_prob(counts).expand(2, 7))
+    assert d.sample().shape == (7, 11)
+
+
+@pytest.mark.parametrize("theta_shape", [(1000,), (1100, 1000)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_many_cells_in_threads_of_their_own_are_as_few(family, theta_shape):
+    *parameters, counts = random_parameters((1100, 1000), theta_shape, (1100, 1000), dtype=torch.float32)
+    sparse = SparseCounts.from_dense(counts)
+    results, n_threads = {}, torch.get_num_threads()
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        results[n] = with_slopes(lambda *p: distribution(family, *p).log_prob(sparse), parameters)
+    torch.set_num_threads(n_threads)
+    for a, b in zip(results[1], results[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+
+
+def test_sparse_counts_out_of_order_or_of_no_gene_are_refused_where_memory_would_be_overwritten():
+    d = NegativeBinomial(torch.ones(2, 3), torch.ones(3))
+    x, ordered, gene = torch.ones(2), torch.tensor([0, 1]), torch.tensor([0, 2])
+    with pytest.raises(ValueError, match="not in the order of their cells"):
+        d.log_prob(SparseCounts(x, ordered.flip(0), gene, (2, 3)))
+    with pytest.raises(IndexError, match="gene that there is not"):
+        d.log_prob(SparseCounts(x, ordered, gene + 1, (2, 3)))
+
+
 @pytest.mark.parametrize(
     ("mean_shape", "theta_shape", "gate_shape", "counts_shape"),
     [

@@ -13,20 +13,23 @@ Without the gate :math:`\pi \to -\infty`; the Poisson distribution is the limit 
 Four fifths or more of single-cell counts are zeros, so the two lines are computed apart: the first, cheap
 and stable, at every entry in the precision of the parameters; the second at the non-zero entries only, in
 double precision, because its terms cancel (at :math:`\theta = 10^8` single precision would be wrong by
-hundreds of nats). The gradients are closed forms, found in the same pass.
+hundreds of nats). The gradients are closed forms, found in the same pass: on a CPU by a compiled loop
+(:mod:`scvae.kernels`), elsewhere by operations on whole matrices.
 """
 
 from __future__ import annotations
 
-import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.utils import lazy_property
 from torch.nn.functional import softplus
 
 __all__ = ["NegativeBinomial", "Poisson", "SparseCounts", "ZeroInflatedNegativeBinomial"]
@@ -75,6 +78,12 @@ class SparseCounts:
         ends = torch.bincount(self.cell, minlength=self.shape[0])[: self.shape[0]].cumsum(0)
         return torch.nn.functional.pad(ends, (1, 0)).to(self.gene.dtype)
 
+    def sum_of_log_factorials(self) -> Tensor:
+        """Sum over genes of ``log(count!)`` of each cell, ``[n_cells]``, double."""
+        if self.log_factorial is None:
+            return self.per_cell(torch.lgamma(self.values.double() + 1))
+        return self.log_factorial.double()
+
     def per_cell(self, values: Tensor) -> Tensor:
         """Sum something over the non-zeros of each cell, ``[n_cells]``, in double precision."""
         total = torch.zeros(self.shape[0] + self.padded, dtype=torch.float64, device=values.device)
@@ -96,92 +105,160 @@ class SparseCounts:
 class _LogProb(torch.autograd.Function):
     """Sum over genes of the log density, ``[n]``, and its gradient, for sparse counts ``[n, G]``.
 
-    `log_mean` is ``[n, G]``; `theta` is ``[G]``, ``[n, G]`` or None (Poisson); `gate` is ``[n, G]`` or None.
+    `log_mean` is ``[n, G]``; `log_total` ``[n]`` or None, and not None only where the kernel is used; `theta` is
+    ``[G]``, ``[n, G]`` or None (Poisson); `gate` is ``[n, G]`` or None.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_mean: Tensor, theta: Tensor | None, gate: Tensor | None, counts: SparseCounts) -> Tensor:
+    def forward(
+        ctx: Any,
+        log_mean: Tensor,
+        log_total: Tensor | None,
+        theta: Tensor | None,
+        gate: Tensor | None,
+        counts: SparseCounts,
+    ) -> Tensor:
         with_gradient = any(ctx.needs_input_grad)
-        x, position = counts.values.double(), counts.position
-        x_log_mean = log_mean.flatten().index_select(0, position).double()
-        x_gate = None if gate is None else gate.flatten().index_select(0, position)
-        d_theta = d_gate = None
-
-        # Zeros: every entry, as if all counts were zero. In place where it can be: a pass over memory is what costs.
-        d_mean = _exp(log_mean)  # so far the mean
-        if theta is None:
-            zeros = -d_mean
-            d_mean = zeros.clone()
+        if _has_kernel(log_mean, theta, gate):
+            result, slopes = _by_kernel(log_mean, log_total, theta, gate, counts, with_gradient)
         else:
-            ratio = d_mean / theta
-            log1p_ratio = ratio.log1p()
-            d_mean = d_mean.div_(ratio.add_(1)).neg_()
-            zeros = -theta * log1p_ratio
-            d_theta = log1p_ratio.addcdiv_(d_mean, theta).neg_() if with_gradient else None
-        if gate is not None:
-            gate = gate.clamp(min=_LEAST_GATE)
-            dropped = torch.sigmoid(gate - zeros)  # P(dropout | zero)
-            dropout = torch.sigmoid(gate)
-            zeros = torch.div(dropout, dropped, out=zeros).log_()  # dropout + (1 - dropout) NB(0) is this ratio
-            if with_gradient:
-                d_gate = dropout.neg_().add_(dropped)
-                counted = dropped.neg_().add_(1)
-                d_mean.mul_(counted)
-                if d_theta is not None:
-                    d_theta.mul_(counted)
-
-        # Non-zeros.
-        x_mu = x_log_mean.exp()
-        if theta is None:
-            x_term, x_d_mean = x * x_log_mean - x_mu, x - x_mu
-        else:
-            own = theta.flatten().double()
-            at = counts.gene if theta.dim() == 1 else position
-            x_theta = own.index_select(0, at)
-            lgamma, digamma = _lgamma_digamma(torch.cat([own, x + x_theta]))
-            x_lgamma = lgamma[len(own) :] - lgamma.index_select(0, at)
-            x_digamma = digamma[len(own) :] - digamma.index_select(0, at)
-            x_log_theta = own.log().index_select(0, at)
-            x_ratio = x_mu / x_theta
-            x_log1p = x_ratio.log1p()
-            x_d_mean = (x - x_mu) / (1 + x_ratio)
-            x_term = x * (x_log_mean - x_log_theta) - (x + x_theta) * x_log1p + x_lgamma
-        if x_gate is not None:
-            x_term = x_term - softplus(x_gate)
-        log_factorial = counts.log_factorial
-        if log_factorial is None:
-            log_factorial = counts.per_cell(torch.lgamma(x + 1))
-        zeros = zeros.flatten().index_fill_(0, position, 0).view_as(log_mean).sum(-1)
-        result = (zeros + (counts.per_cell(x_term) - log_factorial)).to(log_mean.dtype)
-
+            result, slopes = _by_torch(log_mean, theta, gate, counts, with_gradient)
         if with_gradient:
-            d_mean.flatten().scatter_(0, position, x_d_mean.to(d_mean.dtype))
-            if d_theta is not None:
-                x_d_theta = x_digamma - x_log1p - x_d_mean / x_theta
-                d_theta.flatten().scatter_(0, position, x_d_theta.to(d_theta.dtype))
-            if d_gate is not None and x_gate is not None:
-                d_gate.flatten().scatter_(0, position, -torch.sigmoid(x_gate))
             ctx.theta_per_gene = theta is not None and theta.dim() == 1
-            ctx.save_for_backward(d_mean, d_theta, d_gate)
+            ctx.save_for_backward(*slopes)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_mean, d_theta, d_gate = ctx.saved_tensors
+        d_mean, d_total, d_theta, d_gate = ctx.saved_tensors
         column = grad.unsqueeze(-1)
         if d_theta is not None:
             d_theta = grad @ d_theta if ctx.theta_per_gene else column * d_theta
-        return column * d_mean, d_theta, None if d_gate is None else column * d_gate, None
+        return (
+            column * d_mean,
+            None if d_total is None else grad * d_total,
+            d_theta,
+            None if d_gate is None else column * d_gate,
+            None,
+        )
 
 
+def _has_kernel(*parameters: Tensor | None) -> bool:
+    return all(p is None or (p.dtype == torch.float32 and p.device.type == "cpu") for p in parameters)
+
+
+def _by_kernel(
+    log_mean: Tensor,
+    log_total: Tensor | None,
+    theta: Tensor | None,
+    gate: Tensor | None,
+    counts: SparseCounts,
+    with_gradient: bool,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return the sum over genes of the log density, ``[n]``, and its slopes in the four parameters, on a CPU."""
+    from scvae import kernels  # not sooner, for numba takes its time
+
+    n, n_genes = log_mean.shape
+    nothing = log_mean.new_empty(0)
+    wanted = (True, theta is not None, gate is not None)
+    slopes = [log_mean.new_empty(n if with_gradient and there else 1, n_genes) for there in wanted]
+    result, d_total = -counts.sum_of_log_factorials(), log_mean.new_empty(n)
+    of_cells = [
+        log_mean,
+        nothing if log_total is None else log_total,
+        nothing if log_total is None else log_mean.amax(-1),
+        log_mean[:0] if theta is None else torch.atleast_2d(theta),
+        log_mean[:0] if gate is None else gate,
+        result,
+        slopes[0],
+        d_total,
+        *slopes[1:],
+    ]
+    arrays = [a.detach().contiguous().numpy() for a in of_cells]
+    x, cell, gene = (a.numpy() for a in (counts.values.double(), counts.cell.long(), counts.gene.long()))
+
+    def some(first: int, last: int, begin: int, end: int) -> None:
+        parts = [a[first:last] if len(a) == n else a for a in arrays]
+        kernels.log_prob(*parts[:5], x[begin:end], cell[begin:end] - first, gene[begin:end], *parts[5:])
+
+    n_parts = min(torch.get_num_threads(), log_mean.numel() // _ENTRIES_A_THREAD)
+    if n_parts < 2:
+        kernels.log_prob(*arrays[:5], x, cell, gene, *arrays[5:])
+    else:
+        bounds = np.linspace(0, n, n_parts + 1).astype(int)
+        begins = counts.offsets.numpy()[bounds]
+        with ThreadPoolExecutor(n_parts) as pool:
+            list(pool.map(some, bounds[:-1], bounds[1:], begins[:-1], begins[1:]))
+    d = [slope if there else None for slope, there in zip(slopes, wanted, strict=True)]
+    return result.to(log_mean.dtype), (d[0], None if log_total is None else d_total, d[1], d[2])
+
+
+def _by_torch(
+    log_mean: Tensor, theta: Tensor | None, gate: Tensor | None, counts: SparseCounts, with_gradient: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """Return the same, on any device and in any precision."""
+    x, position = counts.values.double(), counts.position
+    x_log_mean = log_mean.flatten().index_select(0, position).double()
+    x_gate = None if gate is None else gate.flatten().index_select(0, position)
+    d_theta = d_gate = None
+
+    # Zeros: every entry, as if all counts were zero. In place where it can be: a pass over memory is what costs.
+    d_mean = log_mean.exp()  # so far the mean
+    if theta is None:
+        zeros = -d_mean
+        d_mean = zeros.clone()
+    else:
+        ratio = d_mean / theta
+        log1p_ratio = ratio.log1p()
+        d_mean = d_mean.div_(ratio.add_(1)).neg_()
+        zeros = -theta * log1p_ratio
+        d_theta = log1p_ratio.addcdiv_(d_mean, theta).neg_() if with_gradient else None
+    if gate is not None:
+        gate = gate.clamp(min=_LEAST_GATE)
+        dropped = torch.sigmoid(gate - zeros)  # P(dropout | zero)
+        dropout = torch.sigmoid(gate)
+        zeros = torch.div(dropout, dropped, out=zeros).log_()  # dropout + (1 - dropout) NB(0) is this ratio
+        if with_gradient:
+            d_gate = dropout.neg_().add_(dropped)
+            counted = dropped.neg_().add_(1)
+            d_mean.mul_(counted)
+            if d_theta is not None:
+                d_theta.mul_(counted)
+
+    # Non-zeros.
+    x_mu = x_log_mean.exp()
+    if theta is None:
+        x_term, x_d_mean = x * x_log_mean - x_mu, x - x_mu
+    else:
+        own = theta.flatten().double()
+        at = counts.gene if theta.dim() == 1 else position
+        x_theta = own.index_select(0, at)
+        lgamma, digamma = _lgamma_digamma(torch.cat([own, x + x_theta]))
+        x_lgamma = lgamma[len(own) :] - lgamma.index_select(0, at)
+        x_digamma = digamma[len(own) :] - digamma.index_select(0, at)
+        x_log_theta = own.log().index_select(0, at)
+        x_ratio = x_mu / x_theta
+        x_log1p = x_ratio.log1p()
+        x_d_mean = (x - x_mu) / (1 + x_ratio)
+        x_term = x * (x_log_mean - x_log_theta) - (x + x_theta) * x_log1p + x_lgamma
+    if x_gate is not None:
+        x_term = x_term - softplus(x_gate)
+    zeros = zeros.flatten().index_fill_(0, position, 0).view_as(log_mean).sum(-1)
+    result = (zeros + (counts.per_cell(x_term) - counts.sum_of_log_factorials())).to(log_mean.dtype)
+
+    if with_gradient:
+        d_mean.flatten().scatter_(0, position, x_d_mean.to(d_mean.dtype))
+        if d_theta is not None:
+            x_d_theta = x_digamma - x_log1p - x_d_mean / x_theta
+            d_theta.flatten().scatter_(0, position, x_d_theta.to(d_theta.dtype))
+        if d_gate is not None and x_gate is not None:
+            d_gate.flatten().scatter_(0, position, -torch.sigmoid(x_gate))
+    return result, (d_mean, None, d_theta, d_gate)
+
+
+_ENTRIES_A_THREAD = 2**19  # of a matrix; with fewer, waking a thread takes as long as it spares
 _LEAST_GATE = -80.0  # logit: a dropout probability below 1e-35 is taken for that
-_LOG2_E = math.log2(math.e)
-
-
-def _exp(x: Tensor) -> Tensor:
-    """Exponential to a relative error of ``|x|`` roundings; torch's exp2 is three times as fast as its exp on a CPU."""
-    return (x * _LOG2_E).exp2_()
 
 
 def _lgamma_digamma(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,25 +292,41 @@ class _Counts(TorchDistribution):
         inverse_dispersion: Tensor | None,
         gate_logits: Tensor | None,
         log_mean: Tensor | None,
+        log_total: Tensor | None,
         validate_args: bool | None,
     ) -> None:
         if (mean is None) == (log_mean is None):
             raise ValueError("Give either `mean` or `log_mean`, and not both.")
-        self.log_mean = mean.log() if mean is not None else log_mean
-        parameters = [p for p in (self.log_mean, inverse_dispersion, gate_logits) if p is not None]
+        if log_total is not None and log_mean is None:
+            raise ValueError("`log_total` goes with `log_mean`, not with `mean`.")
+        given = mean.log() if mean is not None else log_mean
+        column = None if log_total is None else log_total.unsqueeze(-1)
+        parameters = [p for p in (given, column, inverse_dispersion, gate_logits) if p is not None]
         shape = torch.broadcast_tensors(*parameters)[0].shape
         if not shape:
             raise ValueError("The parameters have no axis of genes: give at least one of them the shape [n_genes].")
-        self.log_mean = self.log_mean.expand(shape)
+        self._set_means(given.expand(shape), None if log_total is None else log_total.expand(shape[:-1]))
         self.inverse_dispersion = None if inverse_dispersion is None else torch.atleast_1d(inverse_dispersion)
         self.gate_logits = None if gate_logits is None else gate_logits.expand(shape)
         super().__init__(shape[:-1], shape[-1:], validate_args=validate_args)
+
+    def _set_means(self, given: Tensor, log_total: Tensor | None) -> None:
+        self._given, self.log_total = given, log_total
+        if log_total is None:
+            self.log_mean = given
+
+    @lazy_property
+    def log_mean(self) -> Tensor:
+        """Natural logarithm of the mean, before dropout, ``[..., n_genes]``."""
+        return self._given.log_softmax(-1) + self.log_total.unsqueeze(-1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
         """Return this distribution with another batch shape, to which the present one broadcasts."""
         new = self._get_checked_instance(type(self), _instance)
         shape = torch.Size(batch_shape) + self.event_shape
-        new.log_mean = self.log_mean.expand(shape)
+        new._set_means(
+            self._given.expand(shape), None if self.log_total is None else self.log_total.expand(batch_shape)
+        )
         new.inverse_dispersion = self.inverse_dispersion
         new.gate_logits = None if self.gate_logits is None else self.gate_logits.expand(shape)
         TorchDistribution.__init__(new, shape[:-1], shape[-1:], validate_args=False)
@@ -246,7 +339,7 @@ class _Counts(TorchDistribution):
         if theta is None:
             return None
         shared = theta.dim() <= 1 or theta.numel() == theta.shape[-1]
-        return theta.reshape(-1).expand(self.event_shape) if shared else theta.expand(self.log_mean.shape)
+        return theta.reshape(-1).expand(self.event_shape) if shared else theta.expand(self._given.shape)
 
     def log_prob(self, value: Tensor | SparseCounts) -> Tensor:
         """Return the log probability of the counts of all genes together, in nats.
@@ -261,18 +354,22 @@ class _Counts(TorchDistribution):
         Tensor
             ``[...]``, summed over genes.
         """
-        log_mean, theta, gate = self.log_mean, self._theta, self.gate_logits
+        theta, gate = self._theta, self.gate_logits
+        fused = self.log_total is not None and _has_kernel(self._given, self.log_total, theta, gate)
+        log_mean, log_total = (self._given, self.log_total) if fused else (self.log_mean, None)
         if isinstance(value, SparseCounts):
             if value.shape != tuple(log_mean.shape):
                 raise ValueError(f"The counts are {value.shape}, the distribution is {tuple(log_mean.shape)}.")
-            return _LogProb.apply(log_mean, theta, gate, value)
+            return _LogProb.apply(log_mean, log_total, theta, gate, value)
         shape = torch.broadcast_shapes(value.shape, log_mean.shape)
         rows = (-1, shape[-1])
         if theta is not None and theta.dim() > 1:
             theta = theta.expand(shape).reshape(rows)
+        log_mean = log_mean.expand(shape).reshape(rows)
+        log_total = None if log_total is None else log_total.expand(shape[:-1]).reshape(-1)
         gate = None if gate is None else gate.expand(shape).reshape(rows)
         counts = SparseCounts.from_dense(value.expand(shape).reshape(rows))
-        return _LogProb.apply(log_mean.expand(shape).reshape(rows), theta, gate, counts).view(shape[:-1])
+        return _LogProb.apply(log_mean, log_total, theta, gate, counts).view(shape[:-1])
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
         """Draw counts by the chain Gamma (expression), Poisson (molecules), Bernoulli (dropout)."""
@@ -317,6 +414,9 @@ class ZeroInflatedNegativeBinomial(_Counts):
         Logit of the probability of dropout, ``[..., n_genes]``; below -80 (1e-35) it is taken for -80.
     log_mean
         Natural logarithm of `mean`.
+    log_total
+        ``[...]``. With it, `log_mean` need only be right up to a number per cell, and the means are
+        ``exp(log_total) * softmax(log_mean)``.
 
     References
     ----------
@@ -342,11 +442,12 @@ class ZeroInflatedNegativeBinomial(_Counts):
         gate_logits: Tensor | None = None,
         *,
         log_mean: Tensor | None = None,
+        log_total: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if inverse_dispersion is None or gate_logits is None:
             raise ValueError("ZeroInflatedNegativeBinomial needs `inverse_dispersion` and `gate_logits`.")
-        super().__init__(mean, inverse_dispersion, gate_logits, log_mean, validate_args)
+        super().__init__(mean, inverse_dispersion, gate_logits, log_mean, log_total, validate_args)
 
 
 class NegativeBinomial(_Counts):
@@ -360,6 +461,9 @@ class NegativeBinomial(_Counts):
         ``theta``: the variance is ``mean + mean ** 2 / theta``. ``[n_genes]`` or ``[..., n_genes]``.
     log_mean
         Natural logarithm of `mean`.
+    log_total
+        ``[...]``. With it, `log_mean` need only be right up to a number per cell, and the means are
+        ``exp(log_total) * softmax(log_mean)``.
 
     Examples
     --------
@@ -379,11 +483,12 @@ class NegativeBinomial(_Counts):
         inverse_dispersion: Tensor | None = None,
         *,
         log_mean: Tensor | None = None,
+        log_total: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
         if inverse_dispersion is None:
             raise ValueError("NegativeBinomial needs `inverse_dispersion`.")
-        super().__init__(mean, inverse_dispersion, None, log_mean, validate_args)
+        super().__init__(mean, inverse_dispersion, None, log_mean, log_total, validate_args)
 
 
 class Poisson(_Counts):
@@ -395,6 +500,9 @@ class Poisson(_Counts):
         ``[..., n_genes]``, positive. Or give `log_mean`.
     log_mean
         Natural logarithm of `mean`.
+    log_total
+        ``[...]``. With it, `log_mean` need only be right up to a number per cell, and the means are
+        ``exp(log_total) * softmax(log_mean)``.
 
     Examples
     --------
@@ -409,6 +517,7 @@ class Poisson(_Counts):
         mean: Tensor | None = None,
         *,
         log_mean: Tensor | None = None,
+        log_total: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(mean, None, None, log_mean, validate_args)
+        super().__init__(mean, None, None, log_mean, log_total, validate_args)
