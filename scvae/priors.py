@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from pyro.distributions import Categorical, MixtureSameFamily, Normal, TorchDistribution
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from scvae.cells import Cells
+from scvae.em import GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["PRIORS", "MixturePrior", "StandardNormal", "VampPrior", "prior_of"]
 
@@ -48,8 +50,9 @@ class StandardNormal(nn.Module):
 class MixturePrior(nn.Module):
     r""":math:`p(z) = \sum_c \pi_c\, \mathcal N(z; \mu_c, \mathrm{diag}\,\sigma_c^2)`, all of it learnt.
 
-    The responsibilities :math:`q(c | z) \propto \pi_c\, \mathcal N(z; \mu_c, \sigma_c^2)`, the exact posterior of the
-    component, cluster the cells.
+    It is learnt by gradients and, early in the training, fitted to all cells at once by EM. The responsibilities
+    :math:`q(c | z) \propto \pi_c\, \mathcal N(z; \mu_c, \sigma_c^2)`, the exact posterior of the component, cluster the
+    cells; components that overlap are one cluster.
 
     Parameters
     ----------
@@ -61,7 +64,8 @@ class MixturePrior(nn.Module):
     References
     ----------
     Dilokthanakul et al. 2016, Deep Unsupervised Clustering with Gaussian Mixture Variational Autoencoders; Jiang et al.
-    2017, Variational Deep Embedding, IJCAI, equation 16.
+    2017, Variational Deep Embedding, IJCAI, equation 16. For the clusters, Hennig 2010, Methods for merging Gaussian
+    mixture components, Adv. Data Anal. Classif. 4:3, section 4.2.
 
     Examples
     --------
@@ -70,7 +74,7 @@ class MixturePrior(nn.Module):
     [1.0]
     """
 
-    def __init__(self, n_latent: int, n_components: int = 30) -> None:
+    def __init__(self, n_latent: int, n_components: int = 20) -> None:
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(n_components))
         self.loc = nn.Parameter(torch.randn(n_components, n_latent))
@@ -82,14 +86,47 @@ class MixturePrior(nn.Module):
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
         """Read nothing off the data."""
 
+    @torch.no_grad()
+    def refit(self, z: Tensor) -> None:
+        """Fit the mixture to draws from the posterior of many cells, ``[n, n_latent]``, by EM from k-means.
+
+        This maximises the part of the ELBO that the prior has a say in, ``E_q log p(z)``, at once over all cells, where
+        steps along gradients leave components where no cell is. With fewer than ten cells a component it is left out.
+        """
+        n_components = len(self.logits)
+        if len(z) < 10 * n_components:
+            return
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
+        x = z.double()
+        found = em(x, KMeansAutoencoder(kmeans_plus_plus(x, n_components, generator)))
+        start = GaussianMixture.from_posterior(x, found.q, diagonal=True, reg_covar=_REG_COVAR)
+        mixture = em(x, start, max_iter=100).model
+        self.logits.copy_((mixture.weights + _LEAST_WEIGHT).log())
+        self.loc.copy_(mixture.means)
+        self.log_scale.copy_(mixture.covariances.log() / 2)
+
     def responsibilities(self, z: Tensor) -> Tensor:
         """Return the probability of each component, ``[n, n_components]``, given ``z``, ``[n, n_latent]``."""
         components = Normal(self.loc, self.log_scale.exp()).to_event(1)
         return (self.logits.log_softmax(-1) + components.log_prob(z.unsqueeze(1))).softmax(-1)
 
+    def overlap(self) -> Tensor:
+        r"""Return the Bhattacharyya coefficients of the components, :math:`\int \sqrt{p_c\, p_{c'}}`, ``[K, K]``."""
+        variance = (2 * self.log_scale).exp()
+        mean_variance = (variance.unsqueeze(1) + variance) / 2  # [K, K, d]
+        squares = (self.loc.unsqueeze(1) - self.loc) ** 2 / mean_variance
+        logs = mean_variance.log() - self.log_scale.unsqueeze(1) - self.log_scale
+        return (-squares / 8 - logs / 2).sum(-1).exp()
+
+    def clusters(self) -> Tensor:
+        """Return the cluster of each component, ``[K]``: those that overlap, directly or through others, are one."""
+        _, labels = connected_components((self.overlap() > _MAX_OVERLAP).cpu().numpy(), directed=False)
+        return torch.from_numpy(labels).long().to(self.loc.device)
+
     def per_cell(self, z: Tensor) -> dict[str, Tensor]:
-        """Return the likeliest component, ``cluster``, ``[n]``, and the responsibilities, ``cluster_probability``."""
-        probability = self.responsibilities(z)
+        """Return the likeliest cluster, ``cluster``, ``[n]``, and the probability of each, ``cluster_probability``."""
+        labels = self.clusters()
+        probability = z.new_zeros(len(z), int(labels.max()) + 1).index_add_(1, labels, self.responsibilities(z))
         return {"cluster": probability.argmax(-1), "cluster_probability": probability}
 
 
@@ -164,3 +201,8 @@ def prior_of(
         )
     extra = {"n_in": n_in, "n_covariates": n_covariates} if name == "vamp" else {}
     return PRIORS[name](n_latent, **({} if n_components is None else {"n_components": n_components}), **extra)
+
+
+_REG_COVAR = 0.01  # variance by which a component is wider than its cells, z being about 1 in size
+_LEAST_WEIGHT = 1e-4
+_MAX_OVERLAP = 0.15  # Bhattacharyya coefficient of components that are two clusters

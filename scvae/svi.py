@@ -65,6 +65,8 @@ class Training:
     full_decay_cells = 1500
     n_evaluations = 50
     max_validation_cells = 2048
+    settled_at = (0.05, 0.15, 0.3)  # fractions of the steps
+    max_settling_cells = 4096
 
     def decay(self, n_cells: int) -> float:
         """Return the rate of the weight decay for so many training cells."""
@@ -136,6 +138,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     per_epoch = n_minibatches(len(rows), training.batch_size)
     n_steps = per_epoch * training.epochs(per_epoch)
     every = -(-n_steps // training.n_evaluations)
+    settling = {round(fraction * n_steps) for fraction in training.settled_at}
     check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
     capture = CudaGraphs() if cells.device.type == "cuda" and cells.values.is_cuda else None
@@ -159,6 +162,8 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 evaluate = step.taken % every == 0 or step.taken == n_steps
                 if (evaluate or step.taken % check_every == 0) and not step.finite:
                     raise _fault(step, recent)
+                if step.taken in settling:
+                    _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
                 if not evaluate:
                     continue
                 validation = _validate(program, cells, held_out) if len(held_out) else None
@@ -203,6 +208,13 @@ def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
 def _forever(cells: Cells, size: int, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
     while True:
         yield from cells.parts(size, rows, shuffle=True)
+
+
+@torch.no_grad()
+def _settle(program: Program, cells: Cells, rows: Tensor) -> None:
+    program.eval()
+    program.settle(cells, rows)
+    program.train()
 
 
 @torch.no_grad()

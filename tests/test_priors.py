@@ -83,7 +83,6 @@ def test_density_and_responsibilities_of_a_mixture_are_those_of_scikit_learn():
     z = 2 * torch.randn(50, 3, dtype=torch.double)
     assert np.allclose(prior(None).log_prob(z), theirs.score_samples(z.numpy()))
     assert np.allclose(prior.responsibilities(z), theirs.predict_proba(z.numpy()))
-    assert np.array_equal(prior.per_cell(z)["cluster"], theirs.predict(z.numpy()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -114,18 +113,71 @@ def test_draws_of_a_mixture_have_its_moments():
 def test_clusters_and_their_probabilities_are_written(adata, fit, program, tmp_path):
     model = fit(adata, program=program, prior="mixture", n_components=5, key_added="X_here")
     probability = adata.obsm["X_here_cluster_probability"]
-    assert probability.shape == (80, 5)
+    group = model.program.p_z.clusters().numpy()  # of each component
+    assert probability.shape == (80, group.max() + 1)
     assert np.allclose(probability.sum(1), 1, atol=1e-5)
     cluster = adata.obs["scvae_cluster"]
     assert isinstance(cluster.dtype, pd.CategoricalDtype)
     assert set(cluster.cat.categories) == set(map(str, np.unique(probability.argmax(1))))
     assert (cluster.astype(str) == probability.argmax(1).astype(str)).all()
-    expected = model.program.p_z.responsibilities(torch.tensor(adata.obsm["X_here"])).detach()
+    responsibilities = model.program.p_z.responsibilities(torch.tensor(adata.obsm["X_here"])).detach().numpy()
+    expected = np.stack([responsibilities[:, group == k].sum(1) for k in range(group.max() + 1)], 1)
     assert np.allclose(probability, expected, atol=1e-5)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
     pd.testing.assert_series_equal(read.obs["scvae_cluster"], cluster)
     assert np.array_equal(read.obsm["X_here_cluster_probability"], probability)
+
+
+def test_the_overlap_of_components_is_the_integral_of_the_root_of_their_product():
+    prior = mixture(1, 4)
+    _, loc, scale = numbers(prior)
+    x = np.linspace(-40, 40, 400_001)
+    density = stats.norm.pdf(x, loc, scale)  # [K, x]
+    expected = np.trapezoid(np.sqrt(density[:, None] * density[None]), x, axis=-1)
+    assert np.allclose(prior.overlap(), expected, atol=1e-8)
+    two, many = mixture(2, 4), mixture(3, 4)  # in more dimensions, the product over them
+    with torch.no_grad():
+        for a, b in zip(many.parameters(), two.parameters(), strict=True):
+            a[..., :2] = b[..., :2]
+        many.loc[:, 2], many.log_scale[:, 2] = 0, 0
+    assert torch.allclose(many.overlap(), two.overlap())
+
+
+def test_components_that_overlap_directly_or_through_others_are_one_cluster():
+    prior = mixture(1, 5)
+    with torch.no_grad():
+        prior.loc[:, 0] = torch.tensor([0.0, 50.0, 3.0, 6.0, 53.0])
+        prior.log_scale.zero_()
+    labels = prior.clusters().tolist()
+    assert labels[0] == labels[2] == labels[3] != labels[1] == labels[4]
+    cells = prior.per_cell(torch.tensor([[1.5], [51.0], [6.0]]).double())
+    assert cells["cluster"].tolist() == [labels[0], labels[1], labels[0]]
+    assert torch.allclose(cells["cluster_probability"].max(1).values, torch.ones(3).double())
+
+
+def test_a_refit_finds_what_scikit_learn_finds_and_leaves_a_prior_of_few_cells_alone():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(600, 2)) * [1.0, 0.3] + 8 * rng.integers(3, size=(600, 1))
+    prior = MixturePrior(2, n_components=3)
+    before = prior(None).log_prob(torch.tensor(z).float()).mean().item()
+    prior.refit(torch.tensor(z).float())
+    after = prior(None).log_prob(torch.tensor(z).float()).mean().item()
+    theirs = GaussianMixture(3, covariance_type="diag", reg_covar=0.01, n_init=5, random_state=0).fit(z)
+    assert before < after == pytest.approx(theirs.score(z), abs=2e-3)
+    state = {name: value.clone() for name, value in prior.state_dict().items()}
+    prior.refit(torch.tensor(z[:29]).float())
+    assert all(torch.equal(value, state[name]) for name, value in prior.state_dict().items())
+
+
+def test_the_prior_is_refitted_to_the_training_cells_and_training_goes_on_from_there(adata, fit, monkeypatch):
+    seen, refit = [], MixturePrior.refit
+    monkeypatch.setattr(MixturePrior, "refit", lambda self, z: seen.append(z) or refit(self, z))
+    model = fit(adata, prior="mixture", n_components=3, validation_fraction=0.25, patience=1000, max_epochs=20)
+    assert [len(z) for z in seen] == [60, 60, 60]
+    assert all(parameter.grad is not None for parameter in model.program.p_z.parameters())
+    fit(adata, prior="normal")
+    assert len(seen) == 3
 
 
 def test_clusters_are_those_that_the_data_have(fit):
@@ -243,7 +295,7 @@ def test_priors_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match="prior='vamp' evaluates the posterior of one cell where another cell's lies"):
         make("vamp", posterior="iaf")
     assert isinstance(make("vamp"), VampPrior)
-    assert len(make("mixture").logits) == 30
+    assert len(make("mixture").logits) == 20
     assert len(make("vamp").logits) == 50
 
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from scvae.cells import Batch, Cells, Schema
@@ -90,6 +91,16 @@ class Program(nn.Module, ABC):
         if pose is not None or size is not None:
             raise ValueError(f"{self.name!r} knows its images in one pose and one size: leave pose and size out.")
         return self.decode(z, batch).view(len(z), *self.schema.channels)
+
+    def settle(self, cells: Cells, rows: Tensor) -> None:
+        """Adapt at once to what some of the training cells have become: called a few times early in the training.
+
+        By default a prior that can be fitted to draws of the posterior, is.
+        """
+        refit = getattr(getattr(self, "p_z", None), "refit", None)
+        if refit is not None:
+            moments = [self.embed(batch) for _, batch in cells.minibatches(1024, rows)]
+            refit(torch.normal(*map(torch.cat, zip(*moments, strict=True))))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights that training shrinks by ``weight_decay``; by default none."""
