@@ -55,7 +55,7 @@ def _polynomial(coefficients: list[Any]) -> Callable:
 def _elementary(
     real: Any, integer: Any, bits: Callable, from_bits: Callable, n_exp: int, n_log: int
 ) -> tuple[Callable, ...]:
-    """Compile exp, and log and log1p of positive numbers; relative errors of two or three roundings.
+    """Compile exp, and log and log1p of positive numbers up to a quarter of the largest; errors of a few roundings.
 
     ``exp(n log 2 + f) = 2^n exp(f)`` and ``log(2^n (1 + f)) = n log 2 + 2 artanh(f / (2 + f))``, ``f`` being small,
     by so many terms of the Taylor series of exp and artanh. `bits` and `from_bits`: number to integer and back.

@@ -94,13 +94,13 @@ class MixturePrior(nn.Module):
         steps along gradients leave components where no cell is. With fewer than ten cells a component it is left out.
         """
         n_components = len(self.logits)
-        if len(z) < 10 * n_components:
+        if len(z) < 10 * n_components or not z.isfinite().all():  # of weights that are not finite the next loss tells
             return
         generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
         x = z.double()
         found = em(x, KMeansAutoencoder(kmeans_plus_plus(x, n_components, generator)))
         start = GaussianMixture.from_posterior(x, found.q, diagonal=True, reg_covar=_REG_COVAR)
-        mixture = em(x, start, max_iter=100).model
+        mixture = em(x, start, max_iter=10).model  # more gain nothing, as training goes on
         self.logits.copy_((mixture.weights + _LEAST_WEIGHT).log())
         self.loc.copy_(mixture.means)
         self.log_scale.copy_(mixture.covariances.log() / 2)

@@ -66,7 +66,7 @@ class Training:
     n_evaluations = 50
     max_validation_cells = 2048
     settled_at = (0.05, 0.15, 0.3)  # fractions of the steps
-    max_settling_cells = 4096
+    max_settling_cells = 2048
 
     def decay(self, n_cells: int) -> float:
         """Return the rate of the weight decay for so many training cells."""
@@ -160,7 +160,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 recent.append(part)
                 bar.update()
                 evaluate = step.taken % every == 0 or step.taken == n_steps
-                if (evaluate or step.taken % check_every == 0) and not step.finite:
+                if (evaluate or step.taken in settling or step.taken % check_every == 0) and not step.finite:
                     raise _fault(step, recent)
                 if step.taken in settling:
                     _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])

@@ -1,0 +1,69 @@
+"""What is compiled: series beside mpmath, minibatches beside SciPy, and compilation where nothing can be kept on disk.
+
+The log density is tested in ``test_counts.py``, beside the other ways to compute it.
+"""
+
+import numpy as np
+import pytest
+from mpmath import mp, mpf
+from scipy import sparse
+
+from scvae import kernels
+
+REALS = {
+    "single": (np.float32, kernels._exp, kernels._log, kernels._log1p),
+    "double": (np.float64, kernels._exp_double, kernels._log_double, kernels._log1p_double),
+}
+
+
+@pytest.mark.parametrize("precision", REALS)
+def test_exponential_and_logarithm_are_right_to_a_few_roundings(precision):
+    real, exp, log, log1p = REALS[precision]
+    limits = np.finfo(real)
+    rng = np.random.default_rng(0)
+    ends = np.log(limits.tiny), np.log(limits.max) - np.log(4)
+    exponents = np.append(rng.uniform(*ends, 500), [0, 1, -1, 1e-9]).astype(real)
+    positive = np.exp(exponents.astype(np.longdouble)).astype(real)
+    with mp.workdps(40):
+        for ours, theirs, at in ((exp, mp.exp, exponents), (log, mp.log, positive), (log1p, mp.log1p, positive)):
+            for x in at:
+                exact = theirs(mpf(float(x)))
+                error = abs(mpf(float(ours(x))) - exact)
+                least = mpf(float(limits.eps)) if theirs is mp.log else 0  # of log 1.0000001, whose argument is rounded
+                assert error <= 4 * float(limits.eps) * abs(exact) + least, (ours, x)
+
+
+@pytest.mark.parametrize("precision", REALS)
+def test_far_out_they_are_zero_or_infinite_and_what_is_no_number_stays_none(precision):
+    real, exp, _, log1p = REALS[precision]
+    assert exp(real(-1e5)) < 1e-37
+    assert exp(real(1e5)) == np.inf
+    assert np.isnan(exp(real("nan")))
+    assert np.isnan(log1p(real("nan")))
+    assert np.isfinite(log1p(real("inf")))
+    assert log1p(real(0)) == 0
+
+
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_rows_of_a_matrix_are_those_that_scipy_takes(index):
+    matrix = sparse.random_array((30, 12), density=0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
+    rows = np.array([3, 0, 29, 3, 17])
+    arrays = matrix.data, matrix.indices.astype(index), matrix.indptr.astype(np.int64), rows
+    values, cell, gene = kernels.take_rows(*arrays)
+    dense = np.zeros((5, 12), np.float32)
+    dense[cell, gene] = values
+    assert np.array_equal(dense, matrix.toarray()[rows])
+    assert (np.diff(cell) >= 0).all()
+    assert all(len(part) == 0 for part in kernels.take_rows(*arrays[:3], rows[:0]))
+
+
+def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(monkeypatch):
+    njit = kernels.njit
+
+    def refuse(*, cache=False, **settings):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(**settings)
+
+    monkeypatch.setattr(kernels, "njit", refuse)
+    assert kernels._kept(lambda x: x + 1)(1) == 2
