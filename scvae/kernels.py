@@ -322,6 +322,8 @@ def take_rows(values, genes, offsets, rows):
     """Return the non-zeros of some rows of a CSR matrix: values, row among `rows`, column; each ``[n_nonzero]``."""
     n_nonzero = 0
     for row in rows:
+        if not 0 <= row < len(offsets) - 1:
+            raise IndexError("A row is asked for that there is not.")
         n_nonzero += offsets[row + 1] - offsets[row]
     taken, cell, gene = np.empty(n_nonzero, values.dtype), np.empty(n_nonzero, np.int64), np.empty(n_nonzero, np.int64)
     k = 0

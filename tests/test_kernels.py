@@ -55,6 +55,9 @@ def test_rows_of_a_matrix_are_those_that_scipy_takes(index):
     assert np.array_equal(dense, matrix.toarray()[rows])
     assert (np.diff(cell) >= 0).all()
     assert all(len(part) == 0 for part in kernels.take_rows(*arrays[:3], rows[:0]))
+    for wrong in (30, -1):
+        with pytest.raises(IndexError, match="row is asked for that there is not"):
+            kernels.take_rows(*arrays[:3], np.array([0, wrong]))
 
 
 def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(monkeypatch):
