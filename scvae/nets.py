@@ -46,10 +46,20 @@ class _SparseProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x = ctx.x
-        rows = sparse.csr_matrix((x.values.numpy(), x.gene.numpy(), x.offsets.numpy()), shape=x.shape)
-        columns = rows.tocsc()
-        cell, offsets, values = map(torch.from_numpy, (columns.indices, columns.indptr, columns.data))
+        cell, offsets, values = torch.ops.scvae.by_column(x.gene, x.offsets, x.values, x.shape[1])
         return _weighted_sums(grad.contiguous(), cell, offsets, values), None
+
+
+torch.library.define("scvae::by_column", "(Tensor column, Tensor offsets, Tensor values, int n_columns) -> Tensor[]")
+
+
+@torch.library.impl("scvae::by_column", "cpu")
+def _by_column(column: Tensor, offsets: Tensor, values: Tensor, n_columns: int) -> list[Tensor]:
+    """Return a CSR matrix as CSC: rows, offsets, values."""
+    shape = (len(offsets) - 1, n_columns)
+    by_row = sparse.csr_matrix((values.numpy(), column.numpy(), offsets.numpy()), shape=shape)
+    by_column = by_row.tocsc()
+    return [torch.from_numpy(array) for array in (by_column.indices, by_column.indptr, by_column.data)]
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

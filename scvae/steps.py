@@ -1,9 +1,10 @@
-"""One step of the optimisation: minibatch, ELBO, gradient, Adam; captured whole as a CUDA graph where that can be."""
+"""One step of the optimisation: minibatch, ELBO, gradient, Adam; recorded whole and replayed where that can be."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +22,22 @@ _WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate w
 _SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
 
 
+class Capture(Protocol):
+    """Records a function and returns one that replays it; with `fixed_shapes` only for tensors of the same shapes."""
+
+    fixed_shapes: bool
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]: ...
+
+
 class Step:
     """Takes one step of stochastic gradient ascent on the ELBO each time it is called.
 
     All that changes from step to step (KL weight, learning rate, count of the steps, sums for the history, the terms
     in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
-    can be captured: after a few steps each size of minibatch is recorded once as a graph and replayed from then on.
-    Where the recording fails, steps are taken one operation at a time, and the log says so.
+    can be captured: after a few steps each size of minibatch is recorded and replayed from then on, on a GPU as a CUDA
+    graph (:class:`CudaGraphs`), on a CPU operation by operation (:class:`~scvae.recording.Recorded`). Where that cannot
+    be, steps are taken as the program declares them, and the log says so.
 
     Parameters
     ----------
@@ -48,7 +58,7 @@ class Step:
         decay: float,
         rates: Tensor,
         kl_weights: Tensor,
-        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.program, self.cells, self.capture = program, cells, capture
         self.rates, self.kl_weights = rates.to(cells.device), kl_weights.to(cells.device)
@@ -80,13 +90,11 @@ class Step:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
         loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
-        for parameter in self.parameters:
-            parameter.grad = None
-        loss.backward()
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             rate = self.rates.index_select(0, self.count).squeeze()
             for adam in self.adams:
-                adam.step(rate)
+                adam.step(dict(zip(self.parameters, gradients, strict=True)), rate)
             self.count += 1
             self.sums += torch.stack([reconstruction, divergence])
             self._watch({**log_likelihood, **kl}, torch.isfinite(reconstruction + divergence))
@@ -101,13 +109,13 @@ class Step:
         torch.where(self.finite, self.count, self.seen, out=self.seen)
         self.finite &= finite
 
-    def _replay(self, rows: Tensor, n_nonzero: int, capture: Callable) -> Callable[[], None] | None:
+    def _replay(self, rows: Tensor, n_nonzero: int, capture: Capture) -> Callable[[], None] | None:
         """Return what replays a step of so many cells, with these cells put where it reads them."""
         room, static_rows, replay = self.replays.get(len(rows), (0, rows, None))
-        if n_nonzero > room:
+        if replay is None or (capture.fixed_shapes and n_nonzero > room):
             room, static_rows = int(_SLACK * n_nonzero), rows.clone()
             try:
-                replay = capture(lambda: self._take(static_rows, room, padded=True))
+                replay = capture(lambda: self._take(static_rows, room, padded=capture.fixed_shapes))
             except RuntimeError as error:
                 _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
                 self.capture = None
@@ -128,16 +136,16 @@ class _Adam:
         self.means, self.squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
         self.steps = [torch.zeros((), device=p.device) for p in parameters]
 
-    def step(self, rate: Tensor) -> None:
+    def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor) -> None:
         """Take a step of that size along the gradients, where there are any."""
         states = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
-        used = [(p, p.grad, *state) for p, *state in states if p.grad is not None]
+        used = [(p, gradients[p], *state) for p, *state in states if gradients[p] is not None]
         if not used:
             return
-        parameters, gradients, means, squares, steps = map(list, zip(*used, strict=True))
+        parameters, given, means, squares, steps = map(list, zip(*used, strict=True))
         adamw(
             parameters,
-            gradients,
+            given,
             means,
             squares,
             [],
@@ -156,6 +164,8 @@ class _Adam:
 
 class CudaGraphs:
     """Records functions as CUDA graphs that share their memory."""
+
+    fixed_shapes = True
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()

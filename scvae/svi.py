@@ -16,7 +16,8 @@ from scvae.cells import Cells, n_minibatches
 from scvae.devices import seeded
 from scvae.evidence import elbo_terms, unchecked
 from scvae.programs.program import Program
-from scvae.steps import CudaGraphs, Step
+from scvae.recording import Recorded
+from scvae.steps import Capture, CudaGraphs, Step
 
 __all__ = ["NonFiniteLoss", "Training", "train"]
 
@@ -141,7 +142,9 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     settling = {round(fraction * n_steps) for fraction in training.settled_at}
     check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
-    capture = CudaGraphs() if cells.device.type == "cuda" and cells.values.is_cuda else None
+    capture: Capture | None = CudaGraphs() if cells.values.is_cuda else None
+    if cells.device.type == "cpu":
+        capture = Recorded
     decay = training.decay(len(rows))
     step = Step(program, cells, decay, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps

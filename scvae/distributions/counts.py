@@ -75,8 +75,8 @@ class SparseCounts:
     @cached_property
     def offsets(self) -> Tensor:
         """Where the non-zeros of each cell begin, and where the last one's end, ``[n_cells + 1]``."""
-        ends = torch.bincount(self.cell, minlength=self.shape[0])[: self.shape[0]].cumsum(0)
-        return torch.nn.functional.pad(ends, (1, 0)).to(self.gene.dtype)
+        cells = torch.arange(self.shape[0] + 1, device=self.cell.device)
+        return torch.searchsorted(self.cell, cells).to(self.gene.dtype)
 
     def sum_of_log_factorials(self) -> Tensor:
         """Sum over genes of ``log(count!)`` of each cell, ``[n_cells]``, double."""
@@ -157,13 +157,44 @@ def _by_kernel(
     with_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the sum over genes of the log density, ``[n]``, and its slopes in the four parameters, on a CPU."""
+    result, *slopes = torch.ops.scvae.log_prob(
+        *(None if p is None else p.contiguous() for p in (log_mean, log_total, theta, gate)),
+        *(counts.values, counts.cell, counts.gene, counts.sum_of_log_factorials()),
+        with_gradient,
+    )
+    given = zip(slopes, (log_mean, log_total, theta, gate), strict=True)
+    return result, tuple(None if parameter is None else slope for slope, parameter in given)
+
+
+torch.library.define(
+    "scvae::log_prob",
+    "(Tensor log_mean, Tensor? log_total, Tensor? theta, Tensor? gate, Tensor values, Tensor cell, Tensor gene, "
+    "Tensor sum_of_log_factorials, bool with_gradient) -> Tensor[]",
+)
+
+
+@torch.library.impl("scvae::log_prob", "cpu")
+def _kernel(
+    log_mean: Tensor,
+    log_total: Tensor | None,
+    theta: Tensor | None,
+    gate: Tensor | None,
+    values: Tensor,
+    cell: Tensor,
+    gene: Tensor,
+    sum_of_log_factorials: Tensor,
+    with_gradient: bool,
+) -> list[Tensor]:
+    """Return the sum over genes, ``[n]``, and the slopes; that in a parameter which there is not means nothing."""
     from scvae import kernels  # not sooner, for numba takes its time
 
     n, n_genes = log_mean.shape
     nothing = log_mean.new_empty(0)
-    wanted = (True, theta is not None, gate is not None)
-    slopes = [log_mean.new_empty(n if with_gradient and there else 1, n_genes) for there in wanted]
-    result, d_total = -counts.sum_of_log_factorials(), log_mean.new_empty(n)
+    d_mean, d_theta, d_gate = (
+        log_mean.new_empty(n if with_gradient and parameter is not None else 1, n_genes)
+        for parameter in (log_mean, theta, gate)
+    )
+    result, d_total = -sum_of_log_factorials, log_mean.new_empty(n)
     of_cells = [
         log_mean,
         nothing if log_total is None else log_total,
@@ -171,27 +202,28 @@ def _by_kernel(
         log_mean[:0] if theta is None else torch.atleast_2d(theta),
         log_mean[:0] if gate is None else gate,
         result,
-        slopes[0],
+        d_mean,
         d_total,
-        *slopes[1:],
+        d_theta,
+        d_gate,
     ]
-    arrays = [a.detach().contiguous().numpy() for a in of_cells]
-    x, cell, gene = (a.numpy() for a in (counts.values.double(), counts.cell.long(), counts.gene.long()))
+    arrays = [tensor.numpy() for tensor in of_cells]
+    nonzeros = [values.double().numpy(), cell.long().numpy(), gene.long().numpy()]
 
     def some(first: int, last: int, begin: int, end: int) -> None:
         parts = [a[first:last] if len(a) == n else a for a in arrays]
-        kernels.log_prob(*parts[:5], x[begin:end], cell[begin:end] - first, gene[begin:end], *parts[5:])
+        x, own, genes = (a[begin:end] for a in nonzeros)
+        kernels.log_prob(*parts[:5], x, own - first, genes, *parts[5:])
 
     n_parts = min(torch.get_num_threads(), log_mean.numel() // _ENTRIES_A_THREAD)
     if n_parts < 2:
-        kernels.log_prob(*arrays[:5], x, cell, gene, *arrays[5:])
+        kernels.log_prob(*arrays[:5], *nonzeros, *arrays[5:])
     else:
         bounds = np.linspace(0, n, n_parts + 1).astype(int)
-        begins = counts.offsets.numpy()[bounds]
+        begins = np.searchsorted(nonzeros[1], bounds)
         with ThreadPoolExecutor(n_parts) as pool:
             list(pool.map(some, bounds[:-1], bounds[1:], begins[:-1], begins[1:]))
-    d = [slope if there else None for slope, there in zip(slopes, wanted, strict=True)]
-    return result.to(log_mean.dtype), (d[0], None if log_total is None else d_total, d[1], d[2])
+    return [result.to(log_mean.dtype), d_mean, d_total, d_theta, d_gate]
 
 
 def _by_torch(

@@ -1,0 +1,222 @@
+"""A function that works on tensors in place, recorded operation by operation and replayed without what called them.
+
+What a step costs beside its arithmetic (Python, Pyro's handlers, the bookkeeping of autograd) is spared from then on.
+The operations, those of the backward pass included, and their order remain, so the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = ["Recorded"]
+
+_log = logging.getLogger("scvae")
+
+
+class Recorded:
+    """A function without arguments or result; replayed as soon as two of its runs have been the same operations.
+
+    Tensors that outlive a run (parameters, buffers, counters) are read and written where they are. What else differs
+    from run to run must come of operations: draws of random numbers, tensors of other lengths. Where the two runs
+    differ in an operation or in a number given to one, or ask a tensor for a value, the function is called each time,
+    and the log says why.
+    """
+
+    fixed_shapes = False
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+        self.recording: _Recording | None = None
+        self.run: Callable[[], None] = self._record
+
+    def __call__(self) -> None:
+        """Run the function, or its operations."""
+        self.run()
+
+    def _record(self) -> None:
+        with _Calls() as calls:
+            self.function()
+        try:
+            recording = _Recording(calls.made)
+            if self.recording is None:
+                self.recording = recording
+                return
+            recording.compare(self.recording)
+            self.run = recording.compiled()
+        except _Unlike as reason:
+            _log.info("Steps are not replayed from a recording: %s.", reason)
+            self.run = self.function
+        self.recording = None
+
+
+class _Unlike(Exception):
+    """Why a recording cannot stand for the function."""
+
+
+class _Calls(TorchDispatchMode):
+    """Keeps each operation that is carried out, with its arguments and its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.made.append((function, args, kwargs or {}, result))
+        return result
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The tensor that an operation of the recording makes as the n-th."""
+
+    n: int
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """An operation, its arguments and what it makes; None stands for what it changes in place."""
+
+    function: Any
+    args: tuple
+    kwargs: dict
+    results: list[_Made | None]
+    is_list: bool
+
+    def leaves(self) -> list[Any]:
+        """Return function and arguments, one by one."""
+        return [self.function, *_leaves(self.args), *_leaves(self.kwargs)]
+
+
+class _Recording:
+    """The operations of one run. It keeps all tensors: none must get the identity or the memory of another."""
+
+    def __init__(self, calls: list[tuple]) -> None:
+        self.calls = calls
+        self.n_made = 0
+        self.by_identity: dict[int, _Made] = {}
+        self.by_place: dict[tuple, _Made] = {}
+        self.memory: set[tuple[int, int]] = set()
+        self.operations: list[_Operation] = []
+        for function, args, kwargs, result in calls:
+            self._add(function, args, kwargs, result)
+
+    def _add(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        given = [*_leaves(args), *_leaves(kwargs)]
+        if _depends_on_values(function, given):
+            raise _Unlike(f"{function} depends on values")
+        args, kwargs = _map(self._made, args), _map(self._made, kwargs)
+        operation = _Operation(function, args, kwargs, [], isinstance(result, (tuple, list)))
+        if function.is_view and not any(isinstance(leaf, _Made) for leaf in operation.leaves()):
+            return  # a view of what outlives the run does so too
+        if any(isinstance(leaf, Tensor) and self._is_inside(leaf) for leaf in operation.leaves()):
+            raise _Unlike(f"{function} is given memory of the run in a way that no operation showed")
+        for value in result if operation.is_list else [result]:
+            if value is None or any(value is g for g in given) or isinstance(self._made(value), _Made):
+                operation.results.append(None)
+            elif isinstance(value, Tensor):
+                operation.results.append(self._make(value))
+            else:
+                raise _Unlike(f"{function} gives what is no tensor")
+        if not (function.is_view and set(operation.results) == {None}):
+            self.operations.append(operation)
+
+    def _make(self, tensor: Tensor) -> _Made:
+        made = _Made(self.n_made)
+        self.n_made += 1
+        self.by_identity[id(tensor)] = made
+        if tensor.numel():
+            self.by_place[_place(tensor)] = made
+            memory = tensor.untyped_storage()
+            self.memory.add((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
+        return made
+
+    def _is_inside(self, tensor: Tensor) -> bool:
+        """Whether it lies in the memory of what was made."""
+        return any(first <= tensor.data_ptr() < last for first, last in self.memory)
+
+    def _made(self, value: Any) -> Any:
+        """Return what was made, in place of the tensor; anything else as it is."""
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) in self.by_identity:
+            return self.by_identity[id(value)]
+        return self.by_place.get(_place(value), value) if value.numel() else value
+
+    def compare(self, other: _Recording) -> None:
+        """Raise an error if another run was not the same operations."""
+        if len(self.operations) != len(other.operations):
+            raise _Unlike("one has more operations than the one before")
+        for mine, others in zip(self.operations, other.operations, strict=True):
+            pairs = zip(mine.leaves(), others.leaves(), strict=False)
+            if len(mine.leaves()) != len(others.leaves()) or not all(_same(a, b) for a, b in pairs):
+                raise _Unlike(f"{mine.function} is not given what {others.function} was given in the one before")
+
+    def compiled(self) -> Callable[[], None]:
+        """Return a function that carries the operations out, and holds no tensor longer than it is needed."""
+        last_use = {leaf: k for k, o in enumerate(self.operations) for leaf in o.leaves() if isinstance(leaf, _Made)}
+        constants: list[Any] = []
+
+        def source(value: Any) -> str:
+            if isinstance(value, _Made):
+                return f"t{value.n}"
+            if isinstance(value, (list, tuple)) and any(isinstance(leaf, _Made) for leaf in _leaves(value)):
+                return f"[{', '.join(map(source, value))}]"
+            constants.append(value)
+            return f"c{len(constants) - 1}"
+
+        lines = ["def replay():"]
+        for k, o in enumerate(self.operations):
+            given = [*map(source, o.args), *(f"{name}={source(value)}" for name, value in o.kwargs.items())]
+            names = [f"t{made.n}" if made in last_use else "_" for made in o.results]
+            target = "" if set(names) == {"_"} else f"{', '.join(names)}{',' * o.is_list} = "
+            lines.append(f"    {target}{source(o.function)}({', '.join(given)})")
+            done = [f"t{leaf.n}" for leaf, last in last_use.items() if last == k]
+            lines += [f"    del {', '.join(done)}"] if done else []
+        namespace = {f"c{k}": constant for k, constant in enumerate(constants)}
+        exec("\n".join(lines), namespace)
+        return torch.no_grad()(namespace["replay"])
+
+
+def _depends_on_values(function: Any, given: list[Any]) -> bool:
+    """Whether a number, or the shape of a result, depends on the values of a tensor."""
+    if function is torch.ops.aten.index.Tensor:  # does by a mask, does not by integers
+        return any(isinstance(g, Tensor) and g.dtype in (torch.bool, torch.uint8) for g in given[1:])
+    return torch.Tag.data_dependent_output in function.tags or torch.Tag.dynamic_output_shape in function.tags
+
+
+def _place(tensor: Tensor) -> tuple:
+    """Return where a tensor lies in memory, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two runs were given the same."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return type(a) is type(b) and a == b
+    return _place(a) == _place(b) or (a.dtype == b.dtype and torch.equal(a, b))
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to each thing in nested lists, tuples and dictionaries."""
+    if isinstance(value, dict):
+        return {name: _map(function, v) for name, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(function, v) for v in value)
+    return function(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Go through all things in nested lists, tuples and dictionaries."""
+    if isinstance(value, (dict, list, tuple)):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(v)
+    else:
+        yield value
