@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-__all__ = ["log_prob", "take_rows"]
+__all__ = ["by_column", "log_prob", "take_rows"]
 
 _BLOCK = 256  # non-zeros taken at a time
+_N_FACTORS = 128  # of a product, which stays within single precision
 _LEAST_GATE = -80.0  # logit: a dropout probability below 1e-35 is taken for that
 
 # Division by zero is no error, as in torch; a product and a sum may be rounded together; and NaN remains NaN.
@@ -57,6 +58,8 @@ def _elementary(
 ) -> tuple[Callable, ...]:
     """Compile exp, and log and log1p of positive numbers up to a quarter of the largest; errors of a few roundings.
 
+    And what splits such a number ``2^n f`` into `n` and `f`, which is from the root of 1/2 to that of 2.
+
     ``exp(n log 2 + f) = 2^n exp(f)`` and ``log(2^n (1 + f)) = n log 2 + 2 artanh(f / (2 + f))``, ``f`` being small,
     by so many terms of the Taylor series of exp and artanh. `bits` and `from_bits`: number to integer and back.
     """
@@ -85,24 +88,29 @@ def _elementary(
     @_inline
     def log_of(n, f):
         s = f / (f + real(2))
-        return real(np.int32(n >> n_bits)) * log_2 + s * artanh_series(s * s)
+        return real(np.int32(n)) * log_2 + s * artanh_series(s * s)
+
+    @_inline
+    def split(x):
+        n = integer((bits(x) - middle) & exponent)
+        return n >> n_bits, x * from_bits(integer(one - n))
 
     @_inline
     def log(x):
-        n = integer((bits(x) - middle) & exponent)
-        return log_of(n, x * from_bits(integer(one - n)) - real(1))
+        n, f = split(x)
+        return log_of(n, f - real(1))
 
     @_inline
     def log1p(x):
         x = largest if x > largest else x
         n = integer((bits(x + real(1)) - middle) & exponent)
         power = from_bits(integer(one - n))
-        return log_of(n, x * power + (power - real(1)))
+        return log_of(n >> n_bits, x * power + (power - real(1)))
 
-    return exp, log, log1p
+    return exp, log, log1p, split
 
 
-_exp, _log, _log1p = _elementary(
+_exp, _, _log1p, _split = _elementary(
     np.float32,
     np.int32,
     _inline(lambda x: np.float32(x).view(np.int32)),
@@ -110,7 +118,7 @@ _exp, _log, _log1p = _elementary(
     n_exp=7,
     n_log=4,
 )
-_exp_double, _log_double, _log1p_double = _elementary(
+_exp_double, _log_double, _log1p_double, _ = _elementary(
     np.float64,
     np.int64,
     _inline(lambda x: np.float64(x).view(np.int64)),
@@ -156,7 +164,7 @@ def _inflate_zeros(gate, zeros, d_mean, d_theta, d_gate, counted):
         logit = least if gate[g] < least else gate[g]
         odds = _exp(zeros[g] - logit)
         dropout, dropped = one / (one + _exp(-logit)), one / (one + odds)
-        zeros[g] = _log((one + odds) * dropout)
+        zeros[g] = (one + odds) * dropout
         d_gate[g] = dropped - dropout
         counted[g] = odds * dropped
     for g in range(len(gate)):
@@ -175,6 +183,27 @@ def _sum(values):
     total = 0.0
     for k in range(len(values)):
         total += values[k]
+    return total
+
+
+@njit(fastmath={"reassoc"})
+def _product(factors):
+    """Return the product of a few positive numbers, ``2^n f``: `n` and `f`."""
+    n, f = np.int32(0), np.float32(1)
+    for k in range(len(factors)):
+        n_k, f_k = _split(factors[k])
+        n += n_k
+        f *= f_k
+    return n, f
+
+
+@_inline
+def _sum_of_logs(values):
+    """Add logarithms up by taking those of products of 128 numbers, each from root 1/2 to root 2 but for its power."""
+    total = 0.0
+    for first in range(0, len(values), _N_FACTORS):
+        n, f = _product(values[first : first + _N_FACTORS])
+        total += n * math.log(2) + math.log(f)
     return total
 
 
@@ -253,7 +282,7 @@ def log_prob(log_mean, log_total, highest, theta, gate, x, cell, gene, result, d
     gate
         ``[n, G]``, or ``[0, G]`` where there is none.
     x, cell, gene
-        The non-zeros, double, and where they are, int64; row by row, those of a cell `n` at the end counting nothing.
+        The non-zeros and where they are, int64; row by row, those of a cell `n` at the end counting nothing.
     result, d_total
         ``[n]``, double and single precision; the latter with `log_total` only.
     d_mean, d_theta, d_gate
@@ -290,7 +319,7 @@ def log_prob(log_mean, log_total, highest, theta, gate, x, cell, gene, result, d
                 if not 0 <= g < n_genes:
                     raise IndexError("A non-zero has a gene that there is not.")
                 genes[m] = g
-                zeros[g] = none
+                zeros[g] = one if len(gate) else none
                 block[0, m], block[1, m] = x[k], log_mean_i[g] + shift
                 if len(theta):
                     block[2, m] = theta[i % len(theta), g]
@@ -309,7 +338,7 @@ def log_prob(log_mean, log_total, highest, theta, gate, x, cell, gene, result, d
                 d_mean_i[genes[j]] = block[1, j]
                 d_theta_i[genes[j]] = block[2, j]
                 d_gate_i[genes[j]] = gates[j]
-        result[i] += _sum(zeros)
+        result[i] += _sum_of_logs(zeros) if len(gate) else _sum(zeros)
         if len(log_total):  # through the normalisation
             d_total[i] = _sum(d_mean_i)
             _subtract(rho, np.float32(d_total[i] * inverse), d_mean_i)
@@ -332,3 +361,26 @@ def take_rows(values, genes, offsets, rows):
             taken[k], cell[k], gene[k] = values[j], i, genes[j]
             k += 1
     return taken, cell, gene
+
+
+@_kept
+def by_column(columns, offsets, values, n_columns):
+    """Return a CSR matrix column by column: offsets of the columns, ``[n_columns + 1]``, rows and values.
+
+    What lies after the last row is left out.
+    """
+    ends, n_nonzero = np.zeros(n_columns + 1, np.int64), offsets[-1]
+    for column in columns[:n_nonzero]:
+        if not 0 <= column < n_columns:
+            raise IndexError("A non-zero has a column that there is not.")
+        ends[column + 1] += 1
+    for column in range(n_columns):
+        ends[column + 1] += ends[column]
+    free = ends.copy()
+    rows, sorted_values = np.empty(n_nonzero, np.int64), np.empty(n_nonzero, values.dtype)
+    for row in range(len(offsets) - 1):
+        for k in range(offsets[row], offsets[row + 1]):
+            place = free[columns[k]]
+            rows[place], sorted_values[place] = row, values[k]
+            free[columns[k]] = place + 1
+    return ends, rows, sorted_values

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import torch
-from scipy import sparse
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear, silu
 
@@ -46,20 +45,19 @@ class _SparseProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x = ctx.x
-        cell, offsets, values = torch.ops.scvae.by_column(x.gene, x.offsets, x.values, x.shape[1])
+        offsets, cell, values = torch.ops.scvae.by_column(x.gene, x.offsets, x.values, x.shape[1])
         return _weighted_sums(grad.contiguous(), cell, offsets, values), None
 
 
-torch.library.define("scvae::by_column", "(Tensor column, Tensor offsets, Tensor values, int n_columns) -> Tensor[]")
+torch.library.define("scvae::by_column", "(Tensor columns, Tensor offsets, Tensor values, int n_columns) -> Tensor[]")
 
 
 @torch.library.impl("scvae::by_column", "cpu")
-def _by_column(column: Tensor, offsets: Tensor, values: Tensor, n_columns: int) -> list[Tensor]:
-    """Return a CSR matrix as CSC: rows, offsets, values."""
-    shape = (len(offsets) - 1, n_columns)
-    by_row = sparse.csr_matrix((values.numpy(), column.numpy(), offsets.numpy()), shape=shape)
-    by_column = by_row.tocsc()
-    return [torch.from_numpy(array) for array in (by_column.indices, by_column.indptr, by_column.data)]
+def _by_column(columns: Tensor, offsets: Tensor, values: Tensor, n_columns: int) -> list[Tensor]:
+    from scvae import kernels  # not sooner, for numba takes its time
+
+    arrays = (tensor.numpy() for tensor in (columns, offsets, values))
+    return list(map(torch.from_numpy, kernels.by_column(*arrays, n_columns)))
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from scvae.cells import Cells
 from scvae.evidence import elbo_terms
@@ -93,9 +92,9 @@ class Step:
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             rate = self.rates.index_select(0, self.count).squeeze()
-            for adam in self.adams:
-                adam.step(dict(zip(self.parameters, gradients, strict=True)), rate)
             self.count += 1
+            for adam in self.adams:
+                adam.step(dict(zip(self.parameters, gradients, strict=True)), rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
             self._watch({**log_likelihood, **kl}, torch.isfinite(reconstruction + divergence))
 
@@ -126,38 +125,34 @@ class Step:
 
 
 class _Adam:
-    """Adam with decoupled weight decay, fused; as torch.optim.AdamW, whose making takes a second for what is not used.
+    """Adam with decoupled weight decay; as torch.optim.AdamW, whose making takes a second for what is not used.
 
     Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR, algorithm 2.
     """
 
     def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self.parameters, self.decay = parameters, decay
-        self.means, self.squares = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
-        self.steps = [torch.zeros((), device=p.device) for p in parameters]
+        self.decay = decay
+        self.states = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
 
-    def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor) -> None:
-        """Take a step of that size along the gradients, where there are any."""
-        states = zip(self.parameters, self.means, self.squares, self.steps, strict=True)
-        used = [(p, gradients[p], *state) for p, *state in states if gradients[p] is not None]
+    def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
+        """Take a step of that size along the gradients, where there are any; `n_taken`, a float ``[]``, counts it too."""
+        used = [(*state, gradients[state[0]]) for state in self.states if gradients[state[0]] is not None]
         if not used:
             return
-        parameters, given, means, squares, steps = map(list, zip(*used, strict=True))
-        adamw(
+        parameters, means, squares, given = map(list, zip(*used, strict=True))
+        torch._fused_adamw_(  # the one kernel of torch.optim.AdamW(fused=True)
             parameters,
             given,
             means,
             squares,
             [],
-            steps,
-            fused=True,
-            capturable=rate.is_cuda,
-            amsgrad=False,
+            [n_taken] * len(used),
+            lr=rate,
             beta1=0.9,
             beta2=0.999,
-            lr=rate,
             weight_decay=self.decay,
             eps=1e-8,
+            amsgrad=False,
             maximize=False,
         )
 

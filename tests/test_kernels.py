@@ -11,7 +11,12 @@ from scipy import sparse
 from scvae import kernels
 
 REALS = {
-    "single": (np.float32, kernels._exp, kernels._log, kernels._log1p),
+    "single": (
+        np.float32,
+        kernels._exp,
+        lambda x: kernels._sum_of_logs(np.array([x])),
+        kernels._log1p,
+    ),
     "double": (np.float64, kernels._exp_double, kernels._log_double, kernels._log1p_double),
 }
 
@@ -58,6 +63,30 @@ def test_rows_of_a_matrix_are_those_that_scipy_takes(index):
     for wrong in (30, -1):
         with pytest.raises(IndexError, match="row is asked for that there is not"):
             kernels.take_rows(*arrays[:3], np.array([0, wrong]))
+
+
+def test_logarithms_are_added_up_whatever_there_are_of_them():
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 127, 128, 129, 2000):
+        for x in (rng.uniform(0.5, 1, n), np.full(n, 1.4142), np.full(n, 0.7072), np.exp(rng.uniform(-80, 80, n))):
+            x = x.astype(np.float32)
+            exact = np.log(x.astype(np.float64))
+            assert kernels._sum_of_logs(x) == pytest.approx(exact.sum(), abs=1e-7 * (n + np.abs(exact).sum()))
+    assert np.isnan(kernels._sum_of_logs(np.array([1, np.nan, 2], np.float32)))
+
+
+def test_columns_of_a_matrix_are_those_of_scipy():
+    matrix = sparse.random_array((30, 12), density=0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
+    columns, offsets = matrix.indices.astype(np.int64), matrix.indptr.astype(np.int64)
+    expected = matrix.tocsc()
+    for ours, theirs in zip(
+        kernels.by_column(columns, offsets, matrix.data, 12),
+        (expected.indptr, expected.indices, expected.data),
+        strict=True,
+    ):
+        assert np.array_equal(ours, theirs)
+    with pytest.raises(IndexError, match="column that there is not"):
+        kernels.by_column(columns, offsets, matrix.data, 11)
 
 
 def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(monkeypatch):

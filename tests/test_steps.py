@@ -116,7 +116,7 @@ def test_adam_is_that_of_torch():
     for i, gradient in enumerate(gradients):
         theirs.grad = gradient
         other.param_groups[0]["lr"] = 0.1 / (i + 1)
-        adam.step({ours: gradient, unused: None}, torch.tensor(0.1 / (i + 1)))
+        adam.step({ours: gradient, unused: None}, torch.tensor(0.1 / (i + 1)), torch.tensor(i + 1.0))
         other.step()
     assert torch.allclose(ours, theirs, rtol=1e-5)
     assert not unused.any()

@@ -208,7 +208,7 @@ def _kernel(
         d_gate,
     ]
     arrays = [tensor.numpy() for tensor in of_cells]
-    nonzeros = [values.double().numpy(), cell.long().numpy(), gene.long().numpy()]
+    nonzeros = [values.numpy(), cell.long().numpy(), gene.long().numpy()]
 
     def some(first: int, last: int, begin: int, end: int) -> None:
         parts = [a[first:last] if len(a) == n else a for a in arrays]
