@@ -135,7 +135,7 @@ class _Adam:
         self.states = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
 
     def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
-        """Take a step of that size along the gradients, where there are any; `n_taken`, a float ``[]``, counts it too."""
+        """Take a step of that size along the gradients, where there are any; `n_taken`, a float, counts it too."""
         used = [(*state, gradients[state[0]]) for state in self.states if gradients[state[0]] is not None]
         if not used:
             return
