@@ -67,6 +67,10 @@ class _Calls(TorchDispatchMode):
         super().__init__()
         self.made: list[tuple] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip torch's compiler, torch would load it, for two seconds
+
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self.made.append((function, args, kwargs or {}, result))
@@ -104,6 +108,7 @@ class _Recording:
         self.by_identity: dict[int, _Made] = {}
         self.by_place: dict[tuple, _Made] = {}
         self.memory: set[tuple[int, int]] = set()
+        self.lasting: set[int] = set()
         self.operations: list[_Operation] = []
         for function, args, kwargs, result in calls:
             self._add(function, args, kwargs, result)
@@ -116,10 +121,13 @@ class _Recording:
         operation = _Operation(function, args, kwargs, [], isinstance(result, (tuple, list)))
         if function.is_view and not any(isinstance(leaf, _Made) for leaf in operation.leaves()):
             return  # a view of what outlives the run does so too
-        if any(isinstance(leaf, Tensor) and self._is_inside(leaf) for leaf in operation.leaves()):
+        lasting = {id(leaf): leaf for leaf in operation.leaves() if isinstance(leaf, Tensor)}
+        if any(self._is_inside(leaf) for key, leaf in lasting.items() if key not in self.lasting):
             raise _Unlike(f"{function} is given memory of the run in a way that no operation showed")
-        for value in result if operation.is_list else [result]:
-            if value is None or any(value is g for g in given) or isinstance(self._made(value), _Made):
+        self.lasting.update(lasting)
+        for value in result if operation.is_list else [result]:  # a slice may be the whole now, and a part next time
+            known = isinstance(self._made(value), _Made) and function is not torch.ops.aten.slice.Tensor
+            if value is None or known or any(value is g for g in given):
                 operation.results.append(None)
             elif isinstance(value, Tensor):
                 operation.results.append(self._make(value))
@@ -153,11 +161,11 @@ class _Recording:
     def compare(self, other: _Recording) -> None:
         """Raise an error if another run was not the same operations."""
         if len(self.operations) != len(other.operations):
-            raise _Unlike("one has more operations than the one before")
+            raise _Unlike(f"{len(self.operations)} operations follow on {len(other.operations)}")
         for mine, others in zip(self.operations, other.operations, strict=True):
             pairs = zip(mine.leaves(), others.leaves(), strict=False)
             if len(mine.leaves()) != len(others.leaves()) or not all(_same(a, b) for a, b in pairs):
-                raise _Unlike(f"{mine.function} is not given what {others.function} was given in the one before")
+                raise _Unlike(f"{mine.function} is not given what {others.function} was given the time before")
 
     def compiled(self) -> Callable[[], None]:
         """Return a function that carries the operations out, and holds no tensor longer than it is needed."""
@@ -172,14 +180,16 @@ class _Recording:
             constants.append(value)
             return f"c{len(constants) - 1}"
 
+        done: dict[int, list[str]] = {}
+        for made, k in last_use.items():
+            done.setdefault(k, []).append(source(made))
         lines = ["def replay():"]
         for k, o in enumerate(self.operations):
             given = [*map(source, o.args), *(f"{name}={source(value)}" for name, value in o.kwargs.items())]
             names = [f"t{made.n}" if made in last_use else "_" for made in o.results]
             target = "" if set(names) == {"_"} else f"{', '.join(names)}{',' * o.is_list} = "
             lines.append(f"    {target}{source(o.function)}({', '.join(given)})")
-            done = [f"t{leaf.n}" for leaf, last in last_use.items() if last == k]
-            lines += [f"    del {', '.join(done)}"] if done else []
+            lines += [f"    del {', '.join(done[k])}"] if k in done else []
         namespace = {f"c{k}": constant for k, constant in enumerate(constants)}
         exec("\n".join(lines), namespace)
         return torch.no_grad()(namespace["replay"])

@@ -85,6 +85,21 @@ def test_tensors_of_other_lengths_are_handed_on():
     assert len(total) == 2
 
 
+def test_a_slice_that_was_the_whole_is_not_always_the_whole():
+    rows, ends, total = torch.zeros(1, dtype=torch.int64), torch.tensor([2, 2, 2, 5]), torch.zeros(())
+    torch.library.define("scvae_test::ones", "(Tensor ends, Tensor rows) -> Tensor")
+    torch.library.impl("scvae_test::ones", "cpu", lambda ends, rows: torch.ones(int(ends[rows[0]])))
+
+    def add():
+        total.add_(torch.ops.scvae_test.ones(ends, rows)[:3].sum())
+
+    replay = Recorded(add)
+    for k in range(4):
+        rows.fill_(k)
+        replay()
+    assert total == 2 + 2 + 2 + 3
+
+
 def counts_calls(body):
     """A function that is called each time, as it cannot be replayed; how often it was, and what it made."""
     result = torch.zeros(())
