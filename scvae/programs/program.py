@@ -20,6 +20,10 @@ class Program(nn.Module, ABC):
     All parameters are ordinary ``nn.Parameter``s (Pyro's global parameter store is not used), and everything that
     is read off the data lies in buffers, so that ``state_dict`` is the whole of a fitted program.
 
+    Training records the operations of model and guide and replays them. What is to differ from step to step lies in
+    tensors that are changed in place, or is drawn; where it does not (a Python number that counts the steps), the
+    program is run as it is written, which is slower.
+
     Parameters
     ----------
     schema
