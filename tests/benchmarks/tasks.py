@@ -81,7 +81,7 @@ def floor(device: str = "cpu", n_cells: int = N_CELLS) -> dict[str, float]:
     return {"step_ms": _median_ms(step, device)}
 
 
-def _median_ms(step: object, device: str, n: int = 200) -> float:
+def _median_ms(step: object, device: str, n: int = 600) -> float:
     seconds = []
     for _ in range(n):
         start = time.perf_counter()
