@@ -6,6 +6,7 @@ The operations, those of the backward pass included, and their order remain, so 
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Recorded"]
 
@@ -41,40 +44,15 @@ class Recorded:
         self.run()
 
     def _record(self) -> None:
-        with _Calls() as calls:
+        with _Recording() as recording:
             self.function()
-        try:
-            recording = _Recording(calls.made)
-            if self.recording is None:
-                self.recording = recording
-                return
-            recording.compare(self.recording)
-            self.run = recording.compiled()
-        except _Unlike as reason:
-            _log.info("Steps are not replayed from a recording: %s.", reason)
+        fault = recording.fault or (self.recording and recording.difference(self.recording))
+        if fault:
+            _log.info("Steps are not replayed from a recording: %s.", fault)
             self.run = self.function
-        self.recording = None
-
-
-class _Unlike(Exception):
-    """Why a recording cannot stand for the function."""
-
-
-class _Calls(TorchDispatchMode):
-    """Keeps each operation that is carried out, with its arguments and its result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: list[tuple] = []
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # to skip torch's compiler, torch would load it, for two seconds
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        self.made.append((function, args, kwargs or {}, result))
-        return result
+        elif self.recording:
+            self.run = recording.compiled()
+        self.recording = None if fault or self.recording else recording
 
 
 @dataclass(frozen=True)
@@ -99,32 +77,39 @@ class _Operation:
         return [self.function, *_leaves(self.args), *_leaves(self.kwargs)]
 
 
-class _Recording:
-    """The operations of one run. It keeps all tensors: none must get the identity or the memory of another."""
+class _Recording(TorchDispatchMode):
+    """The operations that are carried out while it is entered. It holds none of the tensors that they make."""
 
-    def __init__(self, calls: list[tuple]) -> None:
-        self.calls = calls
-        self.n_made = 0
-        self.by_identity: dict[int, _Made] = {}
-        self.by_place: dict[tuple, _Made] = {}
-        self.memory: set[tuple[int, int]] = set()
-        self.lasting: set[int] = set()
+    def __init__(self) -> None:
+        super().__init__()
+        #: Why they cannot stand for what called them.
+        self.fault = ""
         self.operations: list[_Operation] = []
-        for function, args, kwargs, result in calls:
-            self._add(function, args, kwargs, result)
+        self.n_made = 0
+        self.by_identity = WeakTensorKeyDictionary()
+        self.by_place: dict[tuple, tuple[_Made, StorageWeakRef]] = {}
+        self.memory: dict[int, tuple[int, StorageWeakRef]] = {}
 
-    def _add(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # to skip torch's compiler, torch would load it, for two seconds
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.fault = self.fault or self._add(function, args, kwargs or {}, result)
+        return result
+
+    def _add(self, function: Any, args: tuple, kwargs: dict, result: Any) -> str:
+        """Record an operation; return what is against it."""
         given = [*_leaves(args), *_leaves(kwargs)]
         if _depends_on_values(function, given):
-            raise _Unlike(f"{function} depends on values")
+            return f"{function} depends on values"
         args, kwargs = _map(self._made, args), _map(self._made, kwargs)
         operation = _Operation(function, args, kwargs, [], isinstance(result, (tuple, list)))
         if function.is_view and not any(isinstance(leaf, _Made) for leaf in operation.leaves()):
-            return  # a view of what outlives the run does so too
-        lasting = {id(leaf): leaf for leaf in operation.leaves() if isinstance(leaf, Tensor)}
-        if any(self._is_inside(leaf) for key, leaf in lasting.items() if key not in self.lasting):
-            raise _Unlike(f"{function} is given memory of the run in a way that no operation showed")
-        self.lasting.update(lasting)
+            return ""  # a view of what outlives the run does so too
+        if any(isinstance(leaf, Tensor) and self._is_inside(leaf) for leaf in operation.leaves()):
+            return f"{function} is given memory of the run in a way that no operation showed"
         for value in result if operation.is_list else [result]:  # a slice may be the whole now, and a part next time
             known = isinstance(self._made(value), _Made) and function is not torch.ops.aten.slice.Tensor
             if value is None or known or any(value is g for g in given):
@@ -132,40 +117,44 @@ class _Recording:
             elif isinstance(value, Tensor):
                 operation.results.append(self._make(value))
             else:
-                raise _Unlike(f"{function} gives what is no tensor")
+                return f"{function} gives what is no tensor"
         if not (function.is_view and set(operation.results) == {None}):
             self.operations.append(operation)
+        return ""
 
     def _make(self, tensor: Tensor) -> _Made:
         made = _Made(self.n_made)
         self.n_made += 1
-        self.by_identity[id(tensor)] = made
+        self.by_identity[tensor] = made
         if tensor.numel():
-            self.by_place[_place(tensor)] = made
             memory = tensor.untyped_storage()
-            self.memory.add((memory.data_ptr(), memory.data_ptr() + memory.nbytes()))
+            self.by_place[_place(tensor)] = made, StorageWeakRef(memory)
+            self.memory[memory.data_ptr()] = memory.nbytes(), StorageWeakRef(memory)
         return made
 
     def _is_inside(self, tensor: Tensor) -> bool:
         """Whether it lies in the memory of what was made."""
-        return any(first <= tensor.data_ptr() < last for first, last in self.memory)
+        place = tensor.data_ptr()
+        return any(first <= place < first + size and not m.expired() for first, (size, m) in self.memory.items())
 
     def _made(self, value: Any) -> Any:
         """Return what was made, in place of the tensor; anything else as it is."""
         if not isinstance(value, Tensor):
             return value
-        if id(value) in self.by_identity:
-            return self.by_identity[id(value)]
-        return self.by_place.get(_place(value), value) if value.numel() else value
+        if value in self.by_identity:
+            return self.by_identity[value]
+        made, memory = self.by_place.get(_place(value), (None, None)) if value.numel() else (None, None)
+        return value if made is None or memory.expired() else made
 
-    def compare(self, other: _Recording) -> None:
-        """Raise an error if another run was not the same operations."""
+    def difference(self, other: _Recording) -> str:
+        """Return in what another run was not the same operations."""
         if len(self.operations) != len(other.operations):
-            raise _Unlike(f"{len(self.operations)} operations follow on {len(other.operations)}")
+            return f"{len(self.operations)} operations follow on {len(other.operations)}"
         for mine, others in zip(self.operations, other.operations, strict=True):
-            pairs = zip(mine.leaves(), others.leaves(), strict=False)
-            if len(mine.leaves()) != len(others.leaves()) or not all(_same(a, b) for a, b in pairs):
-                raise _Unlike(f"{mine.function} is not given what {others.function} was given the time before")
+            pairs = list(itertools.zip_longest(mine.leaves(), others.leaves()))
+            if not all(_same(a, b) for a, b in pairs):
+                return f"{mine.function} is not given what {others.function} was given the time before"
+        return ""
 
     def compiled(self) -> Callable[[], None]:
         """Return a function that carries the operations out, and holds no tensor longer than it is needed."""
