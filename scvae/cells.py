@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -172,19 +172,18 @@ class Cells:
         Giving the number of their non-zeros spares a wait for the device. With `padded` it may be larger than that:
         what is too many repeats the last non-zero and counts for nothing, so that batches can have the same shapes.
         """
-        counts = SparseCounts(
-            *self._nonzeros(rows, n_nonzero, padded), (len(rows), self.n_genes), self.log_factorial[rows], padded
-        )
+        values, cell, gene, *offsets = self._nonzeros(rows, n_nonzero, padded)
+        log_factorial, codes = self.log_factorial.index_select(0, rows), self.codes.index_select(0, rows)
         return Batch(
-            counts,
-            self.library_size[rows],
-            self.schema.batch_of(self.codes[rows]),
-            self.schema.covariates(self.codes[rows], self.continuous[rows]),
-            None if self.size_factor is None else self.size_factor[rows],
+            SparseCounts(values, cell, gene, (len(rows), self.n_genes), log_factorial, padded, *offsets),
+            self.library_size.index_select(0, rows),
+            self.schema.batch_of(codes),
+            self.schema.covariates(codes, self.continuous.index_select(0, rows)),
+            None if self.size_factor is None else self.size_factor.index_select(0, rows),
         )
 
-    def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the non-zeros of these cells: values, cells and genes."""
+    def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
+        """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""
         if self.device.type == "cpu" and not padded:
             return torch.ops.scvae.take_rows(self.values, self.genes, self.offsets, rows)
         n = len(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import reduce
 from typing import Protocol
 
 import torch
@@ -87,7 +88,7 @@ class Step:
 
     def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
-        reconstruction, divergence = sum(log_likelihood.values()).mean(), sum(kl.values()).mean()
+        reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
         loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
@@ -96,7 +97,8 @@ class Step:
             for adam in self.adams:
                 adam.step(dict(zip(self.parameters, gradients, strict=True)), rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
-            self._watch({**log_likelihood, **kl}, torch.isfinite(reconstruction + divergence))
+            finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
+            self._watch({**log_likelihood, **kl}, finite)
 
     def _watch(self, terms: dict[str, Tensor], finite: Tensor) -> None:
         """Keep the terms of this step, unless one before it was not finite."""

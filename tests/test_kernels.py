@@ -54,12 +54,13 @@ def test_rows_of_a_matrix_are_those_that_scipy_takes(index):
     matrix = sparse.random_array((30, 12), density=0.3, format="csr", rng=np.random.default_rng(0), dtype=np.float32)
     rows = np.array([3, 0, 29, 3, 17])
     arrays = matrix.data, matrix.indices.astype(index), matrix.indptr.astype(np.int64), rows
-    values, cell, gene = kernels.take_rows(*arrays)
+    values, cell, gene, offsets = kernels.take_rows(*arrays)
     dense = np.zeros((5, 12), np.float32)
     dense[cell, gene] = values
     assert np.array_equal(dense, matrix.toarray()[rows])
     assert (np.diff(cell) >= 0).all()
-    assert all(len(part) == 0 for part in kernels.take_rows(*arrays[:3], rows[:0]))
+    assert np.array_equal(offsets, np.searchsorted(cell, range(6)))
+    assert [len(part) for part in kernels.take_rows(*arrays[:3], rows[:0])] == [0, 0, 0, 1]
     for wrong in (30, -1):
         with pytest.raises(IndexError, match="row is asked for that there is not"):
             kernels.take_rows(*arrays[:3], np.array([0, wrong]))

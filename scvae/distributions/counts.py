@@ -49,6 +49,8 @@ class SparseCounts:
         ``(n_cells, n_genes)``.
     log_factorial
         Sum over genes of ``log(count!)`` of each cell, ``[n_cells]``, double; it is computed where it is not given.
+    row_offsets
+        Where the non-zeros of each cell begin, and where the last one's end, ``[n_cells + 1]``; likewise.
     padded
         Whether the last non-zero may be repeated, each time with `cell` equal to ``n_cells``: these count for nothing.
 
@@ -65,6 +67,7 @@ class SparseCounts:
     shape: tuple[int, int]
     log_factorial: Tensor | None = None
     padded: bool = False
+    row_offsets: Tensor | None = None
 
     @cached_property
     def position(self) -> Tensor:
@@ -75,6 +78,8 @@ class SparseCounts:
     @cached_property
     def offsets(self) -> Tensor:
         """Where the non-zeros of each cell begin, and where the last one's end, ``[n_cells + 1]``."""
+        if self.row_offsets is not None:
+            return self.row_offsets
         cells = torch.arange(self.shape[0] + 1, device=self.cell.device)
         return torch.searchsorted(self.cell, cells).to(self.gene.dtype)
 
