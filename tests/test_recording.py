@@ -142,6 +142,14 @@ def a_comparison(k, result):
         result.add_(1)
 
 
+def a_size(k, result):
+    result.add_(torch.ops.scvae_test.size(result.exp()))
+
+
+torch.library.define("scvae_test::size", "(Tensor x) -> int")
+torch.library.impl("scvae_test::size", "cpu", lambda x: x.numel())
+
+
 def a_mask(k, result):
     x = torch.ones(4).mul(2)
     result.add_(x[x > 1].sum())
@@ -169,6 +177,7 @@ def a_shape(k, result):
         more_operations,
         a_value,
         a_comparison,
+        a_size,
         a_mask,
         numpy_at_work,
         numbers_of_numpy,
