@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PARTS = ("step", "quality", "integration", "growth")
+PARTS = ("step", "epoch", "quality", "integration", "growth")
 #: Test likelihood (importance-weighted, 256 samples, nats a cell, library observed) that scvi-tools reaches in its
 #: default training, mean of three seeds.
 TARGETS = {"cell_lines": -2263.25, "mouse_bladder": -533.02, "pbmc_ifnb": -458.62}
@@ -117,6 +117,13 @@ def integration(arguments: argparse.Namespace, n_cells: int = 100_000) -> dict |
     figures["ratios"] = {"seconds": figures["scvae"]["seconds"] / figures["PCA + Harmony"]["seconds"]}
     print("times the time of PCA + Harmony:", figures["ratios"])
     return figures
+
+
+def epoch(arguments: argparse.Namespace) -> dict | None:
+    if arguments.device == "cpu":
+        print("left out: needs a GPU")
+        return None
+    return in_turns(arguments.repeats, {"scvae, default settings": ("gpu_epoch", None, {"device": arguments.device})})
 
 
 def growth(arguments: argparse.Namespace) -> dict:

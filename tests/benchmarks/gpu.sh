@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python -m pytest -q -m gpu
 python tests/benchmarks/data.py
-python tests/benchmarks/bench.py --device cuda --only step growth --sizes 100000 1000000 --repeats 3 ${1:+--peer "$1"}
+python tests/benchmarks/bench.py --device cuda --only step epoch growth --sizes 100000 1000000 --repeats 3 ${1:+--peer "$1"}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata
@@ -96,33 +98,64 @@ def _median_ms(step: object, device: str, n: int = 600) -> float:
 
 def step(options: dict | None = None, device: str = "cpu", n_cells: int = 10_000, batch_size: int = N_CELLS) -> dict:
     """Time of a step of ours in a long training, and the memory that training adds to the data."""
+    adata = simulated(n_cells)
+    before = resident()
+    times = _times_of_steps(adata, N_EPOCHS + 1, SAME if options is None else options, device, batch_size)
+    memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak_above(before)
+    return _times(times, -(-n_cells // batch_size), device) | {"peak_mb": memory / 1e6}
+
+
+def gpu_epoch(n_cells: int = 1_000_000, device: str = "cuda", batch_size: int = N_CELLS) -> dict:
+    """Time of an epoch with default settings, and percent of the last one during which the GPU was at work."""
+    query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    samples: list[subprocess.Popen] = []
+
+    def watch(n_taken: int) -> None:
+        if n_taken == 2 * -(-n_cells // batch_size):
+            samples.append(subprocess.Popen(query, stdout=subprocess.PIPE, text=True))
+
+    times = _times_of_steps(simulated(n_cells), 3, {}, device, batch_size, watch)
+    samples[0].terminate()
+    percent = [float(line.split()[0]) for line in samples[0].communicate()[0].splitlines()]
+    return {
+        "epoch_s": _times(times, -(-n_cells // batch_size), device)["epoch_s"],
+        "busy_percent": float(np.mean(percent)),
+    }
+
+
+def _times_of_steps(
+    adata: anndata.AnnData,
+    n_epochs: int,
+    options: dict,
+    device: str,
+    batch_size: int,
+    watch: Callable[[int], None] = lambda n_taken: None,
+) -> list[float]:
+    """Train our model for so many epochs; return when each step ended."""
     from scvae import svi
     from scvae.devices import device_of, seeded
     from scvae.programs import ZINB
     from scvae.reading import read_cells, read_schema
 
-    adata = simulated(n_cells)
-    before = resident()
     where = device_of(device)
     with seeded(0, where):
         schema = read_schema(adata, batch_key="batch")
         cells = read_cells(adata, schema, device=where)
-        program = ZINB(schema, **(SAME if options is None else options)).to(where)
+        program = ZINB(schema, **options).to(where)
         program.initialise(cells)
-
-        n_steps, times = -(-n_cells // batch_size), []
+        n_steps, times = -(-adata.n_obs // batch_size), []
 
         class Clock(svi.tqdm):
             def update(self, n: int = 1) -> None:
                 if (len(times) + 1) % n_steps == 0:
                     wait(device)
                 times.append(time.perf_counter())
+                watch(len(times))
 
         svi.tqdm = Clock
-        svi.train(program, cells, svi.Training(max_epochs=N_EPOCHS + 1, batch_size=batch_size), progress=False)
+        svi.train(program, cells, svi.Training(max_epochs=n_epochs, batch_size=batch_size), progress=False)
         wait(device)
-    memory = torch.cuda.max_memory_allocated() if device != "cpu" else peak_above(before)
-    return _times(times, n_steps, device) | {"peak_mb": memory / 1e6}
+    return times
 
 
 def scvi_step(device: str = "cpu", n_cells: int = 10_000, batch_size: int = N_CELLS) -> dict:
