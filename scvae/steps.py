@@ -94,8 +94,9 @@ class Step:
         with torch.no_grad():
             rate = self.rates.index_select(0, self.count).squeeze()
             self.count += 1
+            n_taken, of = self.count.squeeze().float(), dict(zip(self.parameters, gradients, strict=True))
             for adam in self.adams:
-                adam.step(dict(zip(self.parameters, gradients, strict=True)), rate, self.count.squeeze().float())
+                adam.step(of, rate, n_taken)
             self.sums += torch.stack([reconstruction, divergence])
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)
