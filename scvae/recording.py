@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Recorded"]
@@ -74,7 +75,7 @@ class _Operation:
 
     def leaves(self) -> list[Any]:
         """Return function and arguments, one by one."""
-        return [self.function, *_leaves(self.args), *_leaves(self.kwargs)]
+        return [self.function, *tree_leaves(self.args), *tree_leaves(self.kwargs)]
 
 
 class _Recording(TorchDispatchMode):
@@ -101,10 +102,10 @@ class _Recording(TorchDispatchMode):
 
     def _add(self, function: Any, args: tuple, kwargs: dict, result: Any) -> str:
         """Record an operation; return what is against it."""
-        given = [*_leaves(args), *_leaves(kwargs)]
+        given = [*tree_leaves(args), *tree_leaves(kwargs)]
         if _depends_on_values(function, given):
             return f"{function} depends on values"
-        args, kwargs = _map(self._made, args), _map(self._made, kwargs)
+        args, kwargs = tree_map(self._made, args), tree_map(self._made, kwargs)
         operation = _Operation(function, args, kwargs, [], isinstance(result, (tuple, list)))
         if function.is_view and not any(isinstance(leaf, _Made) for leaf in operation.leaves()):
             return ""  # a view of what outlives the run does so too
@@ -164,7 +165,7 @@ class _Recording(TorchDispatchMode):
         def source(value: Any) -> str:
             if isinstance(value, _Made):
                 return f"t{value.n}"
-            if isinstance(value, (list, tuple)) and any(isinstance(leaf, _Made) for leaf in _leaves(value)):
+            if isinstance(value, (list, tuple)) and any(isinstance(leaf, _Made) for leaf in tree_leaves(value)):
                 return f"[{', '.join(map(source, value))}]"
             constants.append(value)
             return f"c{len(constants) - 1}"
@@ -201,21 +202,3 @@ def _same(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and a == b
     return _place(a) == _place(b) or (a.dtype == b.dtype and torch.equal(a, b))
-
-
-def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to each thing in nested lists, tuples and dictionaries."""
-    if isinstance(value, dict):
-        return {name: _map(function, v) for name, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(function, v) for v in value)
-    return function(value)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    """Go through all things in nested lists, tuples and dictionaries."""
-    if isinstance(value, (dict, list, tuple)):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(v)
-    else:
-        yield value

@@ -94,7 +94,8 @@ class Step:
         with torch.no_grad():
             rate = self.rates.index_select(0, self.count).squeeze()
             self.count += 1
-            n_taken, of = self.count.squeeze().float(), dict(zip(self.parameters, gradients, strict=True))
+            n_taken = self.count.squeeze().float()
+            of: dict[Tensor, Tensor | None] = dict(zip(self.parameters, gradients, strict=True))
             for adam in self.adams:
                 adam.step(of, rate, n_taken)
             self.sums += torch.stack([reconstruction, divergence])
