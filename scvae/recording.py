@@ -1,7 +1,9 @@
-"""A function that works on tensors in place, recorded operation by operation and replayed without what called them.
+"""Functions that work on tensors in place, recorded and replayed without what called their operations.
 
 What a step costs beside its arithmetic (Python, Pyro's handlers, the bookkeeping of autograd) is spared from then on.
 The operations, those of the backward pass included, and their order remain, so the numbers are the same.
+
+On a GPU the recording is a CUDA graph, on a CPU a list of operations.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,9 +21,35 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Recorded"]
+__all__ = ["Capture", "CudaGraphs", "Recorded"]
 
 _log = logging.getLogger("scvae")
+
+
+class Capture(Protocol):
+    """Records a function and returns one that replays it; with `fixed_shapes` only for tensors of the same shapes."""
+
+    fixed_shapes: bool
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Return what replays the function."""
+
+
+class CudaGraphs:
+    """Records functions as CUDA graphs that share their memory."""
+
+    fixed_shapes = True
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        """Record the function, which is not run, and return what runs it."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self.pool):
+            function()
+        return graph.replay
 
 
 class Recorded:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from scvae.cells import Cells
 from scvae.evidence import elbo_terms
 from scvae.programs.program import Program
+from scvae.recording import Capture
 
 __all__ = ["Step"]
 
@@ -22,22 +22,13 @@ _WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate w
 _SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
 
 
-class Capture(Protocol):
-    """Records a function and returns one that replays it; with `fixed_shapes` only for tensors of the same shapes."""
-
-    fixed_shapes: bool
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]: ...
-
-
 class Step:
     """Takes one step of stochastic gradient ascent on the ELBO each time it is called.
 
     All that changes from step to step (KL weight, learning rate, count of the steps, sums for the history, the terms
     in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
-    can be captured: after a few steps each size of minibatch is recorded and replayed from then on, on a GPU as a CUDA
-    graph (:class:`CudaGraphs`), on a CPU operation by operation (:class:`~scvae.recording.Recorded`). Where that cannot
-    be, steps are taken as the program declares them, and the log says so.
+    can be captured: after a few steps each size of minibatch is recorded and replayed from then on
+    (:mod:`scvae.recording`). Where that cannot be, steps are taken as the program declares them, and the log says so.
 
     Parameters
     ----------
@@ -159,20 +150,3 @@ class _Adam:
             amsgrad=False,
             maximize=False,
         )
-
-
-class CudaGraphs:
-    """Records functions as CUDA graphs that share their memory."""
-
-    fixed_shapes = True
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record the function, which is not run, and return what runs it."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool):
-            function()
-        return graph.replay

@@ -16,8 +16,8 @@ from scvae.cells import Cells, n_minibatches
 from scvae.devices import seeded
 from scvae.evidence import elbo_terms, unchecked
 from scvae.programs.program import Program
-from scvae.recording import Recorded
-from scvae.steps import Capture, CudaGraphs, Step
+from scvae.recording import Capture, CudaGraphs, Recorded
+from scvae.steps import Step
 
 __all__ = ["NonFiniteLoss", "Training", "train"]
 
@@ -142,9 +142,11 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     settling = {round(fraction * n_steps) for fraction in training.settled_at}
     check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
-    capture: Capture | None = CudaGraphs() if cells.values.is_cuda else None
+    capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
     if cells.device.type == "cpu":
         capture = Recorded
+    elif cells.values.is_cuda:
+        capture = CudaGraphs()
     decay = training.decay(len(rows))
     step = Step(program, cells, decay, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps

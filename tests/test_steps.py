@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from scvae import steps, svi
+from scvae import recording, steps, svi
 from scvae.devices import seeded
 from scvae.evidence import unchecked
 from scvae.programs import ZINB
@@ -144,7 +144,7 @@ def test_captured_losses_are_those_of_steps_taken_one_by_one_statistically(adata
         with seeded(seed, torch.device("cuda")):
             program = ZINB(cells.schema, n_latent=3, n_hidden=8).cuda()
             program.initialise(cells)
-            monkeypatch.setattr(svi, "CudaGraphs", (lambda: steps.CudaGraphs()) if capture else (lambda: None))
+            monkeypatch.setattr(svi, "CudaGraphs", (lambda: recording.CudaGraphs()) if capture else (lambda: None))
             return train(program, cells, Training(40, 30), progress=False)["elbo"][-1]
 
     with caplog.at_level(logging.INFO, "scvae"):
