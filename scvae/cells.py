@@ -12,6 +12,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from scvae import operations
 from scvae.distributions import SparseCounts
 
 __all__ = ["Batch", "Cells", "Schema"]
@@ -185,7 +186,7 @@ class Cells:
     def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
         """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""
         if self.device.type == "cpu" and not padded:
-            return torch.ops.scvae.take_rows(self.values, self.genes, self.offsets, rows)
+            return operations.take_rows(self.values, self.genes, self.offsets, rows)
         n = len(rows)
         start = self.offsets[rows]
         length = self.offsets[rows + 1] - start
@@ -273,16 +274,6 @@ def _store(device: torch.device, n_bytes: int) -> torch.device:
     """Where to keep so many bytes of counts: on the device, unless that would leave a GPU too little room to work."""
     crowded = device.type == "cuda" and n_bytes > _MAX_SHARE * torch.cuda.mem_get_info(device)[0]
     return torch.device("cpu") if crowded else device
-
-
-torch.library.define("scvae::take_rows", "(Tensor values, Tensor genes, Tensor offsets, Tensor rows) -> Tensor[]")
-
-
-@torch.library.impl("scvae::take_rows", "cpu")
-def _take_rows(*tensors: Tensor) -> list[Tensor]:
-    from scvae import kernels  # not sooner, for numba takes its time
-
-    return list(map(torch.from_numpy, kernels.take_rows(*(tensor.numpy() for tensor in tensors))))
 
 
 def _take(array: Tensor, entry: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear, silu
 
+from scvae import operations
 from scvae.distributions import SparseCounts
 
 __all__ = ["Layers", "LinearWithCovariates", "SparseLinear"]
@@ -45,19 +46,8 @@ class _SparseProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x = ctx.x
-        offsets, cell, values = torch.ops.scvae.by_column(x.gene, x.offsets, x.values, x.shape[1])
+        offsets, cell, values = operations.by_column(x.gene, x.offsets, x.values, x.shape[1])
         return _weighted_sums(grad.contiguous(), cell, offsets, values), None
-
-
-torch.library.define("scvae::by_column", "(Tensor columns, Tensor offsets, Tensor values, int n_columns) -> Tensor[]")
-
-
-@torch.library.impl("scvae::by_column", "cpu")
-def _by_column(columns: Tensor, offsets: Tensor, values: Tensor, n_columns: int) -> list[Tensor]:
-    from scvae import kernels  # not sooner, for numba takes its time
-
-    arrays = (tensor.numpy() for tensor in (columns, offsets, values))
-    return list(map(torch.from_numpy, kernels.by_column(*arrays, n_columns)))
 
 
 def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -19,18 +19,18 @@ hundreds of nats). The gradients are closed forms, found in the same pass: on a 
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 from torch.nn.functional import softplus
+
+from scvae import operations
 
 __all__ = ["NegativeBinomial", "Poisson", "SparseCounts", "ZeroInflatedNegativeBinomial"]
 
@@ -162,73 +162,13 @@ def _by_kernel(
     with_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """Return the sum over genes of the log density, ``[n]``, and its slopes in the four parameters, on a CPU."""
-    result, *slopes = torch.ops.scvae.log_prob(
+    result, *slopes = operations.log_prob(
         *(None if p is None else p.contiguous() for p in (log_mean, log_total, theta, gate)),
         *(counts.values, counts.cell, counts.gene, counts.sum_of_log_factorials()),
         with_gradient,
     )
     given = zip(slopes, (log_mean, log_total, theta, gate), strict=True)
     return result, tuple(None if parameter is None else slope for slope, parameter in given)
-
-
-torch.library.define(
-    "scvae::log_prob",
-    "(Tensor log_mean, Tensor? log_total, Tensor? theta, Tensor? gate, Tensor values, Tensor cell, Tensor gene, "
-    "Tensor sum_of_log_factorials, bool with_gradient) -> Tensor[]",
-)
-
-
-@torch.library.impl("scvae::log_prob", "cpu")
-def _kernel(
-    log_mean: Tensor,
-    log_total: Tensor | None,
-    theta: Tensor | None,
-    gate: Tensor | None,
-    values: Tensor,
-    cell: Tensor,
-    gene: Tensor,
-    sum_of_log_factorials: Tensor,
-    with_gradient: bool,
-) -> list[Tensor]:
-    """Return the sum over genes, ``[n]``, and the slopes; that in a parameter which there is not means nothing."""
-    from scvae import kernels  # not sooner, for numba takes its time
-
-    n, n_genes = log_mean.shape
-    nothing = log_mean.new_empty(0)
-    d_mean, d_theta, d_gate = (
-        log_mean.new_empty(n if with_gradient and parameter is not None else 1, n_genes)
-        for parameter in (log_mean, theta, gate)
-    )
-    result, d_total = -sum_of_log_factorials, log_mean.new_empty(n)
-    of_cells = [
-        log_mean,
-        nothing if log_total is None else log_total,
-        nothing if log_total is None else log_mean.amax(-1),
-        log_mean[:0] if theta is None else torch.atleast_2d(theta),
-        log_mean[:0] if gate is None else gate,
-        result,
-        d_mean,
-        d_total,
-        d_theta,
-        d_gate,
-    ]
-    arrays = [tensor.numpy() for tensor in of_cells]
-    nonzeros = [values.numpy(), cell.long().numpy(), gene.long().numpy()]
-
-    def some(first: int, last: int, begin: int, end: int) -> None:
-        parts = [a[first:last] if len(a) == n else a for a in arrays]
-        x, own, genes = (a[begin:end] for a in nonzeros)
-        kernels.log_prob(*parts[:5], x, own - first, genes, *parts[5:])
-
-    n_parts = min(torch.get_num_threads(), log_mean.numel() // _ENTRIES_A_THREAD)
-    if n_parts < 2:
-        kernels.log_prob(*arrays[:5], *nonzeros, *arrays[5:])
-    else:
-        bounds = np.linspace(0, n, n_parts + 1).astype(int)
-        begins = np.searchsorted(nonzeros[1], bounds)
-        with ThreadPoolExecutor(n_parts) as pool:
-            list(pool.map(some, bounds[:-1], bounds[1:], begins[:-1], begins[1:]))
-    return [result.to(log_mean.dtype), d_mean, d_total, d_theta, d_gate]
 
 
 def _by_torch(
@@ -294,7 +234,6 @@ def _by_torch(
     return result, (d_mean, None, d_theta, d_gate)
 
 
-_ENTRIES_A_THREAD = 2**19  # of a matrix; with fewer, waking a thread takes as long as it spares
 _LEAST_GATE = -80.0  # logit: a dropout probability below 1e-35 is taken for that
 
 
