@@ -43,8 +43,8 @@ class Training:
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO. Below 1, cell types lie further apart and the model
         generalises less well; evidence is always computed with weight 1.
-    kl_warmup, kl_start
-        Fraction of all steps over which that weight goes to its value, and from where it starts.
+    kl_warmup
+        Fraction of all steps over which that weight rises to its value, from nothing.
     validation_fraction
         Of the cells, held out to measure the ELBO (un-annealed, with weight 1); 0 trains on all of them.
     patience
@@ -58,7 +58,6 @@ class Training:
     weight_decay: float = 1.2
     kl_weight: float = 1.0
     kl_warmup: float = 0.3
-    kl_start: float = 0.0
     validation_fraction: float = 0.0
     patience: int = 10
 
@@ -90,7 +89,7 @@ class Training:
     def kl_weights(self, n_steps: int) -> Tensor:
         """Return the weight of the KL terms at each step, ``[n_steps]``."""
         t = torch.arange(1, n_steps + 1, dtype=torch.float64) / max(1.0, self.kl_warmup * n_steps)
-        return (self.kl_start + (self.kl_weight - self.kl_start) * t.clamp(max=1)).float()
+        return (self.kl_weight * t.clamp(max=1)).float()
 
     def __post_init__(self) -> None:
         allowed = {
@@ -100,7 +99,6 @@ class Training:
             "weight_decay, 0 or more": self.weight_decay >= 0,
             "kl_weight, 0 or more": self.kl_weight >= 0,
             "kl_warmup, from 0 to 1": 0 <= self.kl_warmup <= 1,
-            "kl_start, 0 or more": self.kl_start >= 0,
             "validation_fraction, from 0 to below 1": 0 <= self.validation_fraction < 1,
             "patience, at least 1": self.patience >= 1,
         }
