@@ -29,8 +29,8 @@ class Training:
     Parameters
     ----------
     max_epochs
-        Passes through the training cells. By default a number of steps decides: four passes, but at least 500 and at
-        most 1,500 steps, and at least one pass.
+        Passes through the training cells. By default a number of steps decides: four passes, but at least `min_steps`
+        and at most 1,500 steps, and at least one pass.
     batch_size
         Cells in a minibatch, at most.
     learning_rate
@@ -50,6 +50,8 @@ class Training:
     patience
         Evaluations without a better validation ELBO after which training stops. There are at most 50 in a whole
         training.
+    min_steps
+        Steps at least, for which small data are passed through more often, where `max_epochs` is not given.
     """
 
     max_epochs: int | None = None
@@ -60,8 +62,9 @@ class Training:
     kl_warmup: float = 0.3
     validation_fraction: float = 0.0
     patience: int = 10
+    min_steps: int = 500
 
-    default_epochs, min_steps, max_steps = 4, 500, 1500
+    default_epochs, max_steps = 4, 1500
     full_decay_cells = 1500
     n_evaluations = 50
     max_validation_cells = 2048
@@ -76,7 +79,7 @@ class Training:
         """Return how many passes to make, when a pass has `per_epoch` steps."""
         if self.max_epochs is not None:
             return self.max_epochs
-        n_steps = min(max(self.default_epochs * per_epoch, self.min_steps), self.max_steps)
+        n_steps = max(min(self.default_epochs * per_epoch, self.max_steps), self.min_steps)
         return max(1, round(n_steps / per_epoch))
 
     def learning_rates(self, n_steps: int) -> Tensor:
@@ -101,6 +104,7 @@ class Training:
             "kl_warmup, from 0 to 1": 0 <= self.kl_warmup <= 1,
             "validation_fraction, from 0 to below 1": 0 <= self.validation_fraction < 1,
             "patience, at least 1": self.patience >= 1,
+            "min_steps, at least 1": self.min_steps >= 1,
         }
         for what, is_met in allowed.items():
             if not is_met:

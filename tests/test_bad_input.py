@@ -351,6 +351,7 @@ def test_an_unknown_option_is_answered_by_all_that_there_are(adata, refused):
         ({"kl_warmup": 1.5}, "kl_warmup is from 0 to 1, not 1.5"),
         ({"validation_fraction": 1}, "validation_fraction is from 0 to below 1, not 1"),
         ({"patience": 0}, "patience is at least 1, not 0"),
+        ({"min_steps": 0}, "min_steps is at least 1, not 0"),
         ({"weight_decay": -1}, "weight_decay is 0 or more, not -1"),
     ],
 )

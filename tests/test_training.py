@@ -97,6 +97,11 @@ def test_by_default_a_number_of_steps_decides(per_epoch, epochs):
     assert Training(max_epochs=7).epochs(per_epoch) == 7
 
 
+@pytest.mark.parametrize(("per_epoch", "epochs"), [(1, 1400), (71, 20), (600, 2), (7813, 1)])
+def test_a_program_may_ask_for_more_steps_of_small_data(per_epoch, epochs):
+    assert Training(min_steps=1400).epochs(per_epoch) == epochs
+
+
 def test_the_decay_counts_for_less_the_more_cells_there_are():
     training = Training(weight_decay=0.5)
     assert training.decay(2) == training.decay(1500) == 0.5

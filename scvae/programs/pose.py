@@ -93,7 +93,7 @@ class Pose(Program):
     of_images = True
     #: The bound as it is from the first step: a KL that weighs more at the start empties dimensions of z for good, and
     #: one that weighs less gains nothing.
-    defaults = {"max_epochs": 20, "learning_rate": 3e-3, "weight_decay": 0.1, "kl_warmup": 0.0}
+    defaults = {"min_steps": 1400, "learning_rate": 3e-3, "weight_decay": 0.1, "kl_warmup": 0.0}
 
     def __init__(
         self,
