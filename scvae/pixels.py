@@ -98,6 +98,17 @@ class Pixels(nn.Module):
         theta = self.log_theta.exp().expand(a.shape[-2:]).flatten()
         return GammaPoisson(theta, theta / mean).to_event(1)
 
+    def mass(self, a: Tensor) -> Tensor:
+        """Return how much of an object there is at each pixel, ``[n, H * W]``, given ``a``, ``[n, C, H, W]``.
+
+        It is how much what is expected there differs from what is expected at the border of the image, so that it is
+        the same for an object that is brighter than what surrounds it as for one that is darker; counts by their
+        logarithms, as the encoder takes them.
+        """
+        y = a if self.pixels == "gaussian" else a.sigmoid() if self.pixels == "bernoulli" else softplus(a)
+        border = torch.cat([y[..., 0, :], y[..., -1, :], y[..., :, 0], y[..., :, -1]], -1).mean(-1)  # [n, C]
+        return (y - border[..., None, None]).abs().sum(1).flatten(1)
+
     def expected(self, a: Tensor) -> Tensor:
         """Return the expected pixels, ``[n, C, ...]``, given ``a`` of the same shape."""
         if self.pixels == "bernoulli":

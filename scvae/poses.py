@@ -6,6 +6,7 @@ Coordinates run to the right (x) and downwards (y) from the centre of the image,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch.nn.functional import grid_sample
 from scvae.nets import Layers, LinearWithCovariates
 
 __all__ = ["CoordinateDecoder", "MapDecoder", "grid", "look_up", "to_object", "turned"]
+
+Mass = Callable[[Tensor], Tensor]
 
 
 def grid(height: int, width: int, unit: float | None = None) -> Tensor:
@@ -90,21 +93,33 @@ class MapDecoder(nn.Module):
         Pixels by which the map is larger to each side, as the object may lie partly outside of the image.
     n_hidden, n_layers
         Width and number of the hidden layers.
+    mass
+        From ``a``, ``[n, C, H, W]``, to how much of the object is where, ``[n, H * W]``: its centre of mass is the
+        origin of its coordinates. None: the middle of the map is.
     """
 
     halves: Tensor
+    points: Tensor
 
     def __init__(
-        self, n_latent: int, n_covariates: int, shape: tuple[int, int, int], margin: int, n_hidden: int, n_layers: int
+        self,
+        n_latent: int,
+        n_covariates: int,
+        shape: tuple[int, int, int],
+        margin: int,
+        n_hidden: int,
+        n_layers: int,
+        mass: Mass | None,
     ) -> None:
         super().__init__()
         n_channels, height, width = shape
-        self.margin = margin
+        self.margin, self.mass = margin, mass
         self.shape = (n_channels, height + 2 * margin, width + 2 * margin)
         self.layers = Layers(n_latent, n_covariates, n_hidden, n_layers)
         self.out = LinearWithCovariates(self.layers.n_out, n_covariates, math.prod(self.shape))
         halves = torch.tensor(self.shape[:0:-1]) / max(height, width)  # of width and height, in coordinates
         self.register_buffer("halves", halves, persistent=False)
+        self.register_buffer("points", grid(*self.shape[1:], unit=max(height, width) / 2), persistent=False)
 
     @torch.no_grad()
     def start(self, a: Tensor) -> None:
@@ -129,6 +144,8 @@ class MapDecoder(nn.Module):
             From these to coordinates of the object, ``[..., n, 3, 2]``, see :func:`to_object`; None: the same.
         """
         images = self.out(self.layers(z, covariates), covariates).view(-1, *self.shape)
+        if self.mass is not None:
+            pose = _about(pose, _centre(self.mass(images), self.points))
         if pose is None:
             return look_up(images, (points / self.halves).expand(len(images), -1, -1))
         places = _moved(points, pose / self.halves)
@@ -152,14 +169,29 @@ class CoordinateDecoder(nn.Module):
     ----------
     n_latent, n_covariates
         Inputs beside the coordinates.
-    n_channels
-        Outputs.
+    shape
+        Channels, height and width of the images.
     n_hidden, n_layers
         Width and number of the hidden layers, tanh.
+    mass
+        As of :class:`MapDecoder`; without it, the origin is any point of the object.
     """
 
-    def __init__(self, n_latent: int, n_covariates: int, n_channels: int, n_hidden: int, n_layers: int) -> None:
+    points: Tensor
+
+    def __init__(
+        self,
+        n_latent: int,
+        n_covariates: int,
+        shape: tuple[int, int, int],
+        n_hidden: int,
+        n_layers: int,
+        mass: Mass | None,
+    ) -> None:
         super().__init__()
+        n_channels, *self.size = shape
+        self.mass = mass
+        self.register_buffer("points", grid(*self.size), persistent=False)
         self.of_z = LinearWithCovariates(n_latent, n_covariates, n_hidden)
         self.of_points = nn.Parameter(_SHARPNESS * torch.randn(2, n_hidden))
         self.hidden = nn.ModuleList(nn.Linear(n_hidden, n_hidden) for _ in range(n_layers - 1))
@@ -173,8 +205,15 @@ class CoordinateDecoder(nn.Module):
     def forward(self, z: Tensor, covariates: Tensor, points: Tensor, pose: Tensor | None) -> Tensor:
         """Return ``a``, ``[..., n, C, P]``; see :class:`MapDecoder`."""
         of_z = self.of_z(z, covariates).unsqueeze(-2)
+        if self.mass is not None:
+            a = self._of(of_z + self.points @ self.of_points)
+            pose = _about(pose, _centre(self.mass(a.unflatten(-1, self.size)), self.points))
         of_points = points @ self.of_points if pose is None else _moved(points, pose @ self.of_points)
-        h = (of_z + of_points).tanh()
+        return self._of(of_z + of_points)
+
+    def _of(self, first: Tensor) -> Tensor:
+        """Return ``a``, ``[..., n, C, P]``, of what comes into the first layer, ``[..., n, P, n_hidden]``."""
+        h = first.tanh()
         for layer in self.hidden:
             h = layer(h).tanh()
         return self.out(h).mT
@@ -184,10 +223,24 @@ class CoordinateDecoder(nn.Module):
         return []
 
 
+def _centre(mass: Tensor, points: Tensor) -> Tensor:
+    """Return the centres, ``[n, 2]``, of what there is, ``[n, P]``, at points, ``[P, 2]``; the origin if nothing is."""
+    return (mass @ points) / (mass.sum(-1, keepdim=True) + _NOTHING)
+
+
+def _about(pose: Tensor | None, centre: Tensor) -> Tensor:
+    """Return maps to the coordinates in which the origin of those of the object, as :func:`to_object`, is `centre`."""
+    if pose is None:
+        pose = to_object(None, torch.zeros_like(centre))
+    assert pose is not None
+    return torch.cat([pose[..., :2, :], pose[..., 2:, :] + centre.unsqueeze(-2)], -2)
+
+
 def _moved(points: Tensor, matrices: Tensor) -> Tensor:
     """Return ``[x, y, 1] @ A``, ``[..., P, k]``, of points, ``[P, 2]``, and matrices, ``[..., 3, k]``."""
     with_one = torch.cat([points, torch.ones_like(points[:, :1])], 1)
     return (matrices.mT.flatten(0, -2) @ with_one.mT).view(*matrices.shape[:-2], -1, len(points)).mT
 
 
+_NOTHING = 1e-6
 _SHARPNESS = 3.0  # of the coordinates' weights at the start, so that edges need not grow slowly

@@ -2,18 +2,22 @@
 
 import math
 import re
+from functools import partial
 
 import anndata
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
 import torch
 from anndata import AnnData
 
 import scvae
 from scvae import evidence
+from scvae.cells import Schema
 from scvae.distributions import WrappedNormal
 from scvae.evidence import elbo_terms, importance_weighted
+from scvae.pixels import Pixels
 from scvae.poses import CoordinateDecoder, MapDecoder, grid, look_up, to_object, turned
 from scvae.posteriors import POSTERIORS
 from scvae.priors import PRIORS
@@ -127,7 +131,7 @@ def test_the_map_to_an_object_undoes_its_pose():
 def test_decoders_render_turned_and_shifted_objects(kind):
     torch.manual_seed(0)
     shape, none = (2, 8, 8), torch.zeros(3, 0)
-    decoder = MapDecoder(2, 0, shape, 3, 16, 1) if kind == "map" else CoordinateDecoder(2, 0, 2, 16, 2)
+    decoder = MapDecoder(2, 0, shape, 3, 16, 1, None) if kind == "map" else CoordinateDecoder(2, 0, shape, 16, 2, None)
     decoder.eval()
     if kind == "map":
         torch.nn.init.normal_(decoder.out.main.weight)
@@ -143,6 +147,41 @@ def test_decoders_render_turned_and_shifted_objects(kind):
     assert torch.allclose(
         decoder(z, none, points, several), torch.stack([decoder(z, none, points, pose) for pose in several]), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("kind", ["map", "coordinates"])
+def test_an_object_is_turned_about_its_centre_of_mass_and_shifted_to_where_that_lies(kind):
+    torch.manual_seed(0)
+    shape, none = (2, 9, 9), torch.zeros(3, 0)
+    pixels = Pixels("gaussian", Schema(genes=(), image_shape=shape))
+    make = partial(MapDecoder, 2, 0, shape, 0) if kind == "map" else partial(CoordinateDecoder, 2, 0, shape)
+    decoder, free = make(16, 2, pixels.mass).eval(), make(16, 2, None).eval()
+    if kind == "map":
+        torch.nn.init.normal_(decoder.out.main.weight)
+    free.load_state_dict(decoder.state_dict())
+    z, points = torch.randn(3, 2), grid(20, 20)
+    a = free(z, none, grid(9, 9), None).view(3, *shape).detach().numpy()
+    edge = np.concatenate([a[..., 0, :], a[..., -1, :], a[..., 0], a[..., -1]], -1).mean(-1)
+    mass = np.abs(a - edge[..., None, None]).sum(1)
+    centre = np.array([scipy.ndimage.center_of_mass(part)[::-1] for part in mass])  # of columns, of rows
+    pose = to_object(torch.tensor([0.3, -2.0, 1.0]), torch.randn(3, 2) / 10)
+    by_hand = pose.clone()
+    by_hand[:, 2] += torch.tensor((centre - 4) / 4.5).float()
+    assert np.abs(centre - 4).max() > 0.1
+    assert torch.allclose(decoder(z, none, points, pose), free(z, none, points, by_hand), atol=1e-4)
+
+
+def test_dark_objects_weigh_as_much_as_bright_ones_and_an_empty_image_has_no_centre():
+    pixels = Pixels("bernoulli", Schema(genes=(), image_shape=(9, 9)))
+    a = torch.randn(4, 1, 9, 9)
+    assert torch.allclose(pixels.mass(a), pixels.mass(-a), atol=1e-6)
+    decoder = MapDecoder(2, 0, (1, 9, 9), 0, 16, 1, pixels.mass)
+    decoder.start(torch.zeros(1, 81))
+    torch.nn.init.zeros_(decoder.out.main.weight)
+    a = decoder(torch.randn(5, 2), torch.zeros(5, 0), grid(9, 9), None)
+    a.sum().backward()
+    assert torch.equal(a, torch.zeros(5, 1, 81))
+    assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())
 
 
 # ---- The bound -----------------------------------------------------------------------------------------------

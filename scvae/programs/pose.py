@@ -6,14 +6,17 @@ Generative process, for the image of each cell (covariates :math:`s` as in the o
     z &\sim \mathcal N(0, I_d) \\
     \theta &\sim \mathrm{Uniform}(-\pi, \pi) \quad\text{or}\quad \mathcal N(0, s_\theta^2) \\
     \Delta &\sim \mathcal N(0, s_\Delta^2 I_2) \\
-    c_i &= R(-\theta)\,(o_i - \Delta) \\
+    c_i &= m(z, s) + R(-\theta)\,(o_i - \Delta) \\
     x_i &\sim p(x_i \mid a(c_i; z, s))
 
 :math:`o_i` are the coordinates of pixel :math:`i`: to the right and downwards from the centre of the image, in units of
-half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, clockwise as one sees it: the object of
-``z`` is turned by :math:`\theta` and lies at :math:`\Delta`. :math:`a` is a function of coordinates, and the last line
-one of the likelihoods of :class:`~scvae.pixels.Pixels`. (The paper adds a shift after the rotation, which is the same
-model, as the prior of the shift is the same in all directions.)
+half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, clockwise as one sees it. :math:`a` is a
+function of coordinates, :math:`m` the centre of mass of what it draws, and the last line one of the likelihoods of
+:class:`~scvae.pixels.Pixels`: the object of ``z`` is turned by :math:`\theta` about its centre of mass, and this lies at
+:math:`\Delta`. Without :math:`m`, which the paper has not, the origin of :math:`a` could be anywhere in the object, and
+elsewhere for each ``z``: shifts would mean nothing by themselves. Objects that are not shifted are turned about the
+centre of the image, and have no :math:`m`. (The paper adds a shift after the rotation, which is the same model, as the
+prior of the shift is the same in all directions.)
 
 Guide: :math:`q(z | x)\, q(k | x)\, q(\theta | k, x)\, \mathcal N(\Delta; \mu_k, \sigma_k^2)`, with a wrapped or a plain
 normal of :math:`\theta`. A network that answers an angle at once does so badly: images that are nearly the same have
@@ -147,7 +150,7 @@ class Pose(Program):
         if n_rotations < 2 or n_layers < 1:
             raise ValueError("n_rotations is at least 2, and n_layers at least 1.")
         self.rotate, self.translate, self.angle_scale = rotate, translate, angle_scale
-        shape = n_channels, height, width = schema.channels
+        shape = _, height, width = schema.channels
         self.unit = max(height, width) / 2  # pixels
         n_pixels, n_covariates = math.prod(shape), schema.n_covariates
         self.n_encoded = n_covariates if encode_covariates else 0
@@ -164,11 +167,12 @@ class Pose(Program):
             prior, n_latent, posterior=posterior, n_components=n_components, n_in=n_pixels, n_covariates=n_covariates
         )
         self.decoder: MapDecoder | CoordinateDecoder
+        mass = self.pixels.mass if translate else None
         if decoder == "map":
             margin = math.ceil(shift_scale * max(height, width)) if translate else 0  # two standard deviations
-            self.decoder = MapDecoder(n_latent, n_covariates, shape, margin, n_hidden, n_layers)
+            self.decoder = MapDecoder(n_latent, n_covariates, shape, margin, n_hidden, n_layers, mass)
         else:
-            self.decoder = CoordinateDecoder(n_latent, n_covariates, n_channels, n_hidden, n_layers)
+            self.decoder = CoordinateDecoder(n_latent, n_covariates, shape, n_hidden, n_layers, mass)
 
         self.register_buffer("points", grid(height, width), persistent=False)  # [P, 2]
         self.spacing = 2 * math.pi / n_copies
