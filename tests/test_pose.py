@@ -231,6 +231,14 @@ def test_the_bound_tightens(images, fit_images, options):
     assert means == sorted(means)
 
 
+@pytest.mark.parametrize(("angle_scale", "spread"), [(None, 2 * np.pi), (2.0, 2 * np.pi), (0.1, 0.8)])
+def test_the_copies_lie_where_the_prior_of_the_angle_has_its_mass(images, fit_images, angle_scale, spread):
+    model = fit_images(images, angle_scale=angle_scale, n_rotations=5, max_epochs=1)
+    expected = spread * np.array([-0.4, -0.2, 0.0, 0.2, 0.4])
+    assert np.allclose(model.program.angles.numpy(), expected, atol=1e-6)
+    assert images.obs["scvae_angle"].abs().max() <= spread * 0.6  # each copy answers for a fifth to either side
+
+
 # ---- What it promises ----------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ class MatrixNormalVAE(Program):
     name = "matrix_normal"
     of_images = True
     latent = "F"
-    defaults = {"weight_decay": 0.3, "kl_warmup": 0.1}
+    defaults = {"min_steps": 1500, "weight_decay": 0.3, "kl_warmup": 0.1}
 
     def __init__(
         self,

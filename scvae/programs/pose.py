@@ -12,7 +12,7 @@ Generative process, for the image of each cell (covariates :math:`s` as in the o
 :math:`o_i` are the coordinates of pixel :math:`i`: to the right and downwards from the centre of the image, in units of
 half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, clockwise as one sees it. :math:`a` is a
 function of coordinates, :math:`m` the centre of mass of what it draws, and the last line one of the likelihoods of
-:class:`~scvae.pixels.Pixels`: the object of ``z`` is turned by :math:`\theta` about its centre of mass, and this lies at
+:class:`~scvae.pixels.Pixels`: the object of ``z`` is turned by :math:`\theta` about its centre of mass, which lies at
 :math:`\Delta`. Without :math:`m`, which the paper has not, the origin of :math:`a` could be anywhere in the object, and
 elsewhere for each ``z``: shifts would mean nothing by themselves. Objects that are not shifted are turned about the
 centre of the image, and have no :math:`m`. (The paper adds a shift after the rotation, which is the same model, as the
@@ -80,7 +80,8 @@ class Pose(Program):
     encoder
         ``"rotations"``: as above. ``"plain"``: one network answers all at once.
     n_rotations
-        Angles by which the image is turned for the first.
+        Angles by which the image is turned for the first: spread over the circle, or over four standard deviations to
+        either side of a normal prior that is narrower than that.
     decoder
         ``"map"``: ``a`` is an image, an output of a network, between whose pixels one interpolates. ``"coordinates"``:
         a network of the coordinates, as in the paper, which is run for each pixel and takes many times as long.
@@ -175,7 +176,8 @@ class Pose(Program):
             self.decoder = CoordinateDecoder(n_latent, n_covariates, shape, n_hidden, n_layers, mass)
 
         self.register_buffer("points", grid(height, width), persistent=False)  # [P, 2]
-        self.spacing = 2 * math.pi / n_copies
+        turns = 2 * math.pi if angle_scale is None else min(2 * math.pi, _REACH * angle_scale)
+        self.spacing = turns / n_copies
         angles = self.spacing * (torch.arange(n_copies) - (n_copies - 1) / 2)
         self.register_buffer("angles", angles, persistent=False)  # [K]
         places = turned(grid(height, width), angles.unsqueeze(1)) * max(height, width) / torch.tensor([width, height])
@@ -358,3 +360,4 @@ class _Found(NamedTuple):
 
 _N_FOUND = 6  # angle, two shifts, and a scale of each
 _MIN_SCALE = 1e-3
+_REACH = 8.0  # of the copies' angles, in standard deviations of a normal prior
