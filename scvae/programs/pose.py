@@ -330,7 +330,8 @@ class Pose(Program):
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
         """Return angle, ``[n]``, in radians, and shift, ``[n, 2]``, in pixels to the right and downwards.
 
-        Each with its posterior standard deviation; and what the prior says of ``z``.
+        The shift is that of the object's centre of mass from the centre of the image. Each with its posterior standard
+        deviation; and what the prior says of ``z``.
         """
         found = self.best(batch)
         answers: dict[str, Tensor] = {}
