@@ -217,7 +217,7 @@ class Fitted:
             The cells.
         pose
             ``"own"``: as each lies. Or an angle in radians, from the x axis (to the right) to the y axis (downwards),
-            and a shift of the centre of mass in pixels of the data in these two directions, from the centre of the image:
+            and a shift of the centre of mass from the centre of the image, in pixels of the data, in these directions:
             all cells in that pose; ``(0, 0, 0)`` is as the model has them upright. Of the program ``"pose"`` only.
         size
             Height and width in pixels of what is returned, which shows the same field at another resolution; by default
