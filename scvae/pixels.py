@@ -101,13 +101,15 @@ class Pixels(nn.Module):
     def mass(self, a: Tensor) -> Tensor:
         """Return how much of an object there is at each pixel, ``[n, H * W]``, given ``a``, ``[n, C, H, W]``.
 
-        It is how much what is expected there differs from what is expected at the border of the image, so that it is
-        the same for an object that is brighter than what surrounds it as for one that is darker; counts by their
-        logarithms, as the encoder takes them.
+        It is the contrast: how much what is expected there differs from what is expected at the border of the image,
+        be it brighter or darker; counts by their logarithms, as the encoder takes them. Where there is little contrast
+        beside the largest of the image, its square counts, so that noise weighs next to nothing.
         """
         y = a if self.pixels == "gaussian" else a.sigmoid() if self.pixels == "bernoulli" else softplus(a)
         border = torch.cat([y[..., 0, :], y[..., -1, :], y[..., :, 0], y[..., :, -1]], -1).mean(-1)  # [n, C]
-        return (y - border[..., None, None]).abs().sum(1).flatten(1)
+        contrast = (y - border[..., None, None]).abs()
+        little = _LITTLE * contrast.amax((1, 2, 3), keepdim=True)
+        return (contrast.square() / (contrast + little + _NOTHING)).sum(1).flatten(1)
 
     def expected(self, a: Tensor) -> Tensor:
         """Return the expected pixels, ``[n, C, ...]``, given ``a`` of the same shape."""
@@ -128,6 +130,8 @@ class _Grey(Bernoulli):
         return value * self.logits - softplus(self.logits)
 
 
+_LITTLE = 0.3  # contrast, of the largest
+_NOTHING = 1e-6
 _LEAST = 1e-3  # of a mean pixel at the start, and of the noise in units of the channel's standard deviation
 _MOST = 20.0  # of the log of a mean count
 _NOISE_START = 0.5413  # softplus: 1, all that varies

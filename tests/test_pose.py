@@ -162,7 +162,8 @@ def test_an_object_is_turned_about_its_centre_of_mass_and_shifted_to_where_that_
     z, points = torch.randn(3, 2), grid(20, 20)
     a = free(z, none, grid(9, 9), None).view(3, *shape).detach().numpy()
     edge = np.concatenate([a[..., 0, :], a[..., -1, :], a[..., 0], a[..., -1]], -1).mean(-1)
-    mass = np.abs(a - edge[..., None, None]).sum(1)
+    contrast = np.abs(a - edge[..., None, None])
+    mass = (contrast**2 / (contrast + 0.3 * contrast.max((1, 2, 3), keepdims=True))).sum(1)
     centre = np.array([scipy.ndimage.center_of_mass(part)[::-1] for part in mass])  # of columns, of rows
     pose = to_object(torch.tensor([0.3, -2.0, 1.0]), torch.randn(3, 2) / 10)
     by_hand = pose.clone()
