@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, pad
 
 from scvae.nets import Layers, LinearWithCovariates
 
@@ -127,7 +127,7 @@ class MapDecoder(nn.Module):
         n_channels, height, width = self.shape
         self.out.start()
         image = a.view(n_channels, height - 2 * self.margin, width - 2 * self.margin)
-        self.out.main.bias.copy_(nn.functional.pad(image, [self.margin] * 4, mode="replicate").flatten())
+        self.out.main.bias.copy_(pad(image, [self.margin] * 4, mode="replicate").flatten())
 
     def forward(self, z: Tensor, covariates: Tensor, points: Tensor, pose: Tensor | None) -> Tensor:
         """Return ``a``, ``[..., n, C, P]``.
@@ -145,7 +145,7 @@ class MapDecoder(nn.Module):
         """
         images = self.out(self.layers(z, covariates), covariates).view(-1, *self.shape)
         if self.mass is not None:
-            pose = _about(pose, _centre(self.mass(images), self.points))
+            pose = _about_centre(pose, self.mass(images), self.points)
         if pose is None:
             return look_up(images, (points / self.halves).expand(len(images), -1, -1))
         places = _moved(points, pose / self.halves)
@@ -207,7 +207,7 @@ class CoordinateDecoder(nn.Module):
         of_z = self.of_z(z, covariates).unsqueeze(-2)
         if self.mass is not None:
             a = self._of(of_z + self.points @ self.of_points)
-            pose = _about(pose, _centre(self.mass(a.unflatten(-1, self.size)), self.points))
+            pose = _about_centre(pose, self.mass(a.unflatten(-1, self.size)), self.points)
         of_points = points @ self.of_points if pose is None else _moved(points, pose @ self.of_points)
         return self._of(of_z + of_points)
 
@@ -223,17 +223,15 @@ class CoordinateDecoder(nn.Module):
         return []
 
 
-def _centre(mass: Tensor, points: Tensor) -> Tensor:
-    """Return the centres, ``[n, 2]``, of what there is, ``[n, P]``, at points, ``[P, 2]``; the origin if nothing is."""
-    return (mass @ points) / (mass.sum(-1, keepdim=True) + _NOTHING)
+def _about_centre(pose: Tensor | None, mass: Tensor, points: Tensor) -> Tensor:
+    """Return maps as of :func:`to_object` that take the origin to the centre of mass of the object.
 
-
-def _about(pose: Tensor | None, centre: Tensor) -> Tensor:
-    """Return maps to the coordinates in which the origin of those of the object, as :func:`to_object`, is `centre`."""
+    The mass, ``[n, P]``, lies at the points, ``[P, 2]``; where there is none, the origin stays where it is.
+    """
+    centre = (mass @ points) / (mass.sum(-1, keepdim=True) + _NOTHING)
     if pose is None:
-        pose = to_object(None, torch.zeros_like(centre))
-    assert pose is not None
-    return torch.cat([pose[..., :2, :], pose[..., 2:, :] + centre.unsqueeze(-2)], -2)
+        pose = torch.eye(3, 2, device=points.device)
+    return pose + pad(centre.unsqueeze(-2), (0, 0, 2, 0))
 
 
 def _moved(points: Tensor, matrices: Tensor) -> Tensor:
