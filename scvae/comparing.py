@@ -15,10 +15,10 @@ import pandas as pd
 from anndata import AnnData
 from tqdm.auto import tqdm
 
-from scvae.cells import Schema
+from scvae.data.cells import Schema
+from scvae.data.reading import _column, read_schema, some
 from scvae.fitting import _check_options, _program, fit
-from scvae.reading import _column, read_schema, some
-from scvae.svi import Training
+from scvae.inference.svi import Training
 
 __all__ = ["compare"]
 

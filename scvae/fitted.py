@@ -24,12 +24,12 @@ from safetensors.torch import save as save_tensors
 from scipy import sparse
 from torch import Tensor
 
-from scvae import evidence
-from scvae.cells import Batch, Cells, Schema
-from scvae.devices import device_of, seeded
-from scvae.evidence import unchecked
+from scvae.data.cells import Batch, Cells, Schema
+from scvae.data.reading import read_cells, some
+from scvae.inference import evidence
+from scvae.inference.devices import device_of, seeded
+from scvae.inference.evidence import unchecked
 from scvae.programs import PROGRAMS, Program
-from scvae.reading import read_cells, some
 
 __all__ = ["Fitted", "load"]
 
@@ -49,9 +49,9 @@ class Fitted:
     program
         The generative model and its guide, a ``torch.nn.Module``.
     history
-        The course of the training: see :func:`scvae.svi.train`.
+        The course of the training: see :func:`scvae.inference.svi.train`.
     training
-        How it was trained: the seed, and what :class:`scvae.svi.Training` lists.
+        How it was trained: the seed, and what :class:`scvae.inference.svi.Training` lists.
     key_added
         Key of ``.obsm`` under which the embedding was written.
     """

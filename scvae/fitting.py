@@ -10,11 +10,11 @@ from typing import Any
 
 from anndata import AnnData
 
-from scvae.devices import device_of, seeded
+from scvae.data.reading import read_cells, read_schema, some
 from scvae.fitted import Fitted
+from scvae.inference.devices import device_of, seeded
+from scvae.inference.svi import NonFiniteLoss, Training, train
 from scvae.programs import PROGRAMS, Program
-from scvae.reading import read_cells, read_schema, some
-from scvae.svi import NonFiniteLoss, Training, train
 
 __all__ = ["fit"]
 
@@ -86,7 +86,7 @@ def fit(
         Whether to show a progress bar.
     **options
         Options of the program (:class:`scvae.programs.ZINB`: ``likelihood``, ``dispersion``, ``library``,
-        ``posterior``, ``prior``, ``n_hidden``, …) and of the training (:class:`scvae.svi.Training`:
+        ``posterior``, ``prior``, ``n_hidden``, …) and of the training (:class:`scvae.inference.svi.Training`:
         ``learning_rate``, ``kl_weight``, ``validation_fraction``, …).
 
     Returns
@@ -105,7 +105,7 @@ def fit(
         If the counts or covariates cannot be modelled; the message names the first cells or genes at fault.
     TypeError
         If an option is not known, or `adata` is not an AnnData.
-    scvae.svi.NonFiniteLoss
+    scvae.inference.svi.NonFiniteLoss
         If the loss becomes NaN or infinite. The AnnData is then as it was.
 
     Examples

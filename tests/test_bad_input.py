@@ -12,7 +12,7 @@ from anndata import AnnData, read_h5ad
 from scipy import sparse
 
 import scvae
-from scvae.svi import NonFiniteLoss
+from scvae.inference.svi import NonFiniteLoss
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_values_that_are_not_counts_are_named(adata, refused, cast, value, messa
 
 
 def test_all_values_at_fault_are_counted_and_the_first_three_are_named(adata, refused, monkeypatch):
-    monkeypatch.setattr(scvae.reading, "_BLOCK", 7)
+    monkeypatch.setattr(scvae.data.reading, "_BLOCK", 7)
     adata.X = adata.X * 0.001
     refused(adata, ValueError, rf", {adata.X.nnz} of them, the first: [^;]+cell_0[^;]+;[^;]+;[^;]+\. A count model")
 

@@ -14,7 +14,7 @@ Four fifths or more of single-cell counts are zeros, so the two lines are comput
 and stable, at every entry in the precision of the parameters; the second at the non-zero entries only, in
 double precision, because its terms cancel (at :math:`\theta = 10^8` single precision would be wrong by
 hundreds of nats). The gradients are closed forms, found in the same pass: on a CPU by a compiled loop
-(:mod:`scvae.kernels`), elsewhere by operations on whole matrices.
+(:mod:`scvae.kernels.loops`), elsewhere by operations on whole matrices.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.distributions import constraints
 from torch.distributions.utils import lazy_property
 from torch.nn.functional import softplus
 
-from scvae import operations
+from scvae.kernels import operations
 
 __all__ = ["NegativeBinomial", "Poisson", "SparseCounts", "ZeroInflatedNegativeBinomial"]
 

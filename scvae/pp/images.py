@@ -18,7 +18,7 @@ from anndata import AnnData, ImplicitModificationWarning
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-# scvae.reading is imported where it is used, as it brings torch, which nothing here needs.
+# scvae.data.reading is imported where it is used, as it brings torch, which nothing here needs.
 
 __all__ = ["crop_images", "neighborhood_images"]
 
@@ -477,7 +477,7 @@ def _check_sizes(size: int, radius: float | None) -> None:
 
 def _positions(adata: AnnData, spatial_key: str) -> np.ndarray:
     """Return the positions in double precision, ``[n_cells, 2]``."""
-    from scvae.reading import some
+    from scvae.data.reading import some
 
     if spatial_key not in adata.obsm:
         raise KeyError(
@@ -513,7 +513,7 @@ def _angles(angles: Any, adata: AnnData) -> np.ndarray:
 
 def _samples(adata: AnnData, sample_key: str | None) -> pd.Categorical:
     """Return the sample of each cell; there is one if there is no key."""
-    from scvae.reading import _column
+    from scvae.data.reading import _column
 
     if sample_key is None:
         return pd.Categorical.from_codes(np.zeros(adata.n_obs, dtype=np.int64), [""])
@@ -524,7 +524,7 @@ def _masses(
     adata: AnnData, cell_type_key: str | None, genes: Sequence[str] | None, layer: str | None, use_rep: str | None
 ) -> tuple[sparse.csr_matrix, list[str]]:
     """Return what each cell adds to each channel, ``[n_cells, C]``, and the names of the channels."""
-    from scvae.reading import _column, _csr, _matrix, _representation, some
+    from scvae.data.reading import _column, _csr, _matrix, _representation, some
 
     if cell_type_key is not None:
         column, where = _column(adata, cell_type_key), f"adata.obs[{cell_type_key!r}]"
@@ -556,7 +556,7 @@ def _masses(
 
 def _names(genes: Sequence[str], known: pd.Index, where: str) -> pd.Index:
     """Return the genes that are asked for, if they are known and are named once."""
-    from scvae.reading import some
+    from scvae.data.reading import some
 
     names = pd.Index([genes] if isinstance(genes, str) else list(genes)).astype(str)
     if not len(names):
@@ -574,7 +574,7 @@ def _molecules(
     transcripts: pd.DataFrame, genes: Sequence[str] | None, sample_key: str | None, samples: pd.Index
 ) -> _Points:
     """Return the molecules of the chosen genes, in the samples that there are cells of."""
-    from scvae.reading import some
+    from scvae.data.reading import some
 
     if not isinstance(transcripts, pd.DataFrame):
         raise ValueError(f"transcripts is a DataFrame, not {type(transcripts).__name__}.")
@@ -610,7 +610,7 @@ def _molecules(
 
 def _libraries(adata: AnnData, name: str, sample_key: str | None) -> list[tuple[Any, float]]:
     """Return picture and scale of each sample, as they are stored in ``adata.uns["spatial"]``."""
-    from scvae.reading import some
+    from scvae.data.reading import some
 
     stored = adata.uns.get("spatial", {})
     if not stored:

@@ -26,11 +26,11 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from scvae.cells import Batch, Cells, Schema
-from scvae.decoders import RealDecoder
-from scvae.nets import Layers
-from scvae.posteriors import posterior_of
-from scvae.priors import prior_of
+from scvae.data.cells import Batch, Cells, Schema
+from scvae.modules.decoders import RealDecoder
+from scvae.modules.nets import Layers
+from scvae.modules.posteriors import posterior_of
+from scvae.modules.priors import prior_of
 from scvae.programs.program import Program
 
 __all__ = ["Gaussian"]

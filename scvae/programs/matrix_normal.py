@@ -8,7 +8,7 @@ Generative process, for the image of each cell (covariates :math:`s` as in the o
     x &\sim p(x \mid a(F, s))
 
 :math:`a` is a network of transposed convolutions, each of which doubles height and width; the last line is one of the
-likelihoods of :class:`~scvae.pixels.Pixels`.
+likelihoods of :class:`~scvae.modules.pixels.Pixels`.
 
 Guide, :math:`q(F \mid x, s) = \prod_k q(F_k \mid x, s)`, by a network of convolutions, each of which halves height and
 width:
@@ -39,10 +39,10 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from scvae.cells import Batch, Cells, Schema
-from scvae.decoders import one_of
+from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions import MatrixNormal
-from scvae.pixels import Pixels, kind_of_pixels
+from scvae.modules.decoders import one_of
+from scvae.modules.pixels import Pixels, kind_of_pixels
 from scvae.programs.program import Program
 
 __all__ = ["MatrixNormalVAE"]

@@ -12,11 +12,11 @@ Generative process, for the image of each cell (covariates :math:`s` as in the o
 :math:`o_i` are the coordinates of pixel :math:`i`: to the right and downwards from the centre of the image, in units of
 half of its longer side. :math:`R(\theta)` turns from the x axis to the y axis, clockwise as one sees it. :math:`a` is a
 function of coordinates, :math:`m` the centre of mass of what it draws, and the last line one of the likelihoods of
-:class:`~scvae.pixels.Pixels`: the object of ``z`` is turned by :math:`\theta` about its centre of mass, which lies at
-:math:`\Delta`. Without :math:`m`, which the paper has not, the origin of :math:`a` could be anywhere in the object, and
-elsewhere for each ``z``: shifts would mean nothing by themselves. Objects that are not shifted are turned about the
-centre of the image, and have no :math:`m`. (The paper adds a shift after the rotation, which is the same model, as the
-prior of the shift is the same in all directions.)
+:class:`~scvae.modules.pixels.Pixels`: the object of ``z`` is turned by :math:`\theta` about its centre of mass, which
+lies at :math:`\Delta`. Without :math:`m`, which the paper has not, the origin of :math:`a` could be anywhere in the
+object, and elsewhere for each ``z``: shifts would mean nothing by themselves. Objects that are not shifted are turned
+about the centre of the image, and have no :math:`m`. (The paper adds a shift after the rotation, which is the same
+model, as the prior of the shift is the same in all directions.)
 
 Guide: :math:`q(z | x)\, q(k | x)\, q(\theta | k, x)\, \mathcal N(\Delta; \mu_k, \sigma_k^2)`, with a wrapped or a plain
 normal of :math:`\theta`. A network that answers an angle at once does so badly: images that are nearly the same have
@@ -45,14 +45,14 @@ from pyro.distributions import Categorical, Normal, TorchDistribution, Uniform
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from scvae.cells import Batch, Cells, Schema
-from scvae.decoders import one_of
+from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions.circle import WrappedNormal, wrapped
-from scvae.nets import Layers
-from scvae.pixels import Pixels, kind_of_pixels
-from scvae.poses import CoordinateDecoder, MapDecoder, grid, look_up, to_object, turned
-from scvae.posteriors import posterior_of
-from scvae.priors import prior_of
+from scvae.modules.decoders import one_of
+from scvae.modules.nets import Layers
+from scvae.modules.pixels import Pixels, kind_of_pixels
+from scvae.modules.poses import CoordinateDecoder, MapDecoder, grid, look_up, to_object, turned
+from scvae.modules.posteriors import posterior_of
+from scvae.modules.priors import prior_of
 from scvae.programs.program import Program
 
 __all__ = ["Pose"]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from scvae.cells import Batch, Cells, Schema
+from scvae.data.cells import Batch, Cells, Schema
 
 __all__ = ["Program"]
 
@@ -39,7 +39,7 @@ class Program(nn.Module, ABC):
     kind: ClassVar[str] = "counts"
     #: Whether it models images, ``image_key``, and not genes.
     of_images: ClassVar[bool] = False
-    #: Settings of :class:`~scvae.svi.Training` that it takes where the user gives none.
+    #: Settings of :class:`~scvae.inference.svi.Training` that it takes where the user gives none.
     defaults: ClassVar[Mapping[str, Any]] = {}
     #: Name of the site of the latent vector.
     latent: ClassVar[str] = "z"

@@ -20,8 +20,8 @@ Guide: :math:`q(k \mid x, s) = 1` for :math:`k = \arg\min_j \| z_e(x, s) - e_j \
     - \log p(x \mid z, s) + \beta \| z_e - \mathrm{sg}[e_k] \|^2 ,
 
 and the term :math:`\| \mathrm{sg}[z_e] - e_k \|^2` is replaced by a moving average, which is k-means, online
-(:class:`~scvae.codebook.Codebook`). The commitment term :math:`\beta \| \cdot \|^2` acts by its gradient alone: it is
-no part of the ELBO that is reported.
+(:class:`~scvae.modules.codebook.Codebook`). The commitment term :math:`\beta \| \cdot \|^2` acts by its gradient alone:
+it is no part of the ELBO that is reported.
 
 The exact evidence is :math:`\log \frac1K \sum_k p(x \mid e_k, s)`. Importance weighting, whose draws are all the same,
 gives the ELBO, :math:`\log p(x \mid z, s) - \log K`: below it by :math:`-\log p(k \mid x, s)` of the code chosen, at
@@ -43,10 +43,10 @@ import torch
 from pyro.distributions import Delta, LogNormal
 from torch import Tensor, nn
 
-from scvae.cells import Batch, Cells, Schema
-from scvae.codebook import Codebook
-from scvae.decoders import CountDecoder, RealDecoder
-from scvae.nets import Layers
+from scvae.data.cells import Batch, Cells, Schema
+from scvae.modules.codebook import Codebook
+from scvae.modules.decoders import CountDecoder, RealDecoder
+from scvae.modules.nets import Layers
 from scvae.programs.program import Program
 
 __all__ = ["VQ", "VQGaussian"]

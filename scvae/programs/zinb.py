@@ -33,11 +33,11 @@ from pyro.distributions import LogNormal, TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from scvae.cells import Batch, Cells, Schema
-from scvae.decoders import CountDecoder, one_of
-from scvae.nets import Layers
-from scvae.posteriors import posterior_of
-from scvae.priors import prior_of
+from scvae.data.cells import Batch, Cells, Schema
+from scvae.modules.decoders import CountDecoder, one_of
+from scvae.modules.nets import Layers
+from scvae.modules.posteriors import posterior_of
+from scvae.modules.priors import prior_of
 from scvae.programs.program import Program
 
 __all__ = ["ZINB"]
@@ -67,11 +67,11 @@ class ZINB(Program):
         Fraction of the encoder's hidden units that is dropped in training.
     posterior
         Family of ``q(z | x)``: ``"normal"``, ``"full"``, ``"low_rank"``, ``"iaf"`` or ``"iaf_stable"``
-        (:mod:`scvae.posteriors`).
+        (:mod:`scvae.modules.posteriors`).
     flow_depth, flow_width
         Steps of an IAF posterior, and hidden units of each.
     prior
-        ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.priors`). The mixture clusters the cells.
+        ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.modules.priors`). The mixture clusters the cells.
     n_components
         Components of a mixture or VampPrior.
 

@@ -1,4 +1,4 @@
-"""Clusters of cells in any representation, by the steps of :mod:`scvae.em`."""
+"""Clusters of cells in any representation, by the steps of :mod:`scvae.modules.em`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scvae.devices import device_of
-from scvae.em import EM, GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
+from scvae.data.reading import some
 from scvae.fitted import _own
-from scvae.reading import some
+from scvae.inference.devices import device_of
+from scvae.modules.em import EM, GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["cluster"]
 

@@ -20,8 +20,8 @@ from anndata import AnnData
 from pyro.distributions import Bernoulli, Normal
 
 import scvae
-from scvae.nets import Layers
-from scvae.posteriors import posterior_of
+from scvae.modules.nets import Layers
+from scvae.modules.posteriors import posterior_of
 from scvae.programs import Program
 
 

@@ -27,9 +27,9 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 import scvae
-from scvae.poses import to_object
-from scvae.svi import Training
-from scvae.svi import train as train_program
+from scvae.inference.svi import Training
+from scvae.inference.svi import train as train_program
+from scvae.modules.poses import to_object
 
 #: Chosen with ``--choose``.
 SETTINGS = {

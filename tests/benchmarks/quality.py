@@ -66,7 +66,7 @@ def gap(model: scvae.Fitted, test: anndata.AnnData) -> tuple[float, float]:
 
 
 def divergence_of_l(model: scvae.Fitted, test: anndata.AnnData) -> float:
-    from scvae.evidence import elbo_terms
+    from scvae.inference.evidence import elbo_terms
 
     return float(model._each(model._cells(test), lambda batch: elbo_terms(model.program, batch)[1]["l"]).mean())
 

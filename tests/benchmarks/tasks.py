@@ -132,10 +132,10 @@ def _times_of_steps(
     watch: Callable[[int], None] = lambda n_taken: None,
 ) -> list[float]:
     """Train our model for so many epochs; return when each step ended."""
-    from scvae import svi
-    from scvae.devices import device_of, seeded
+    from scvae.data.reading import read_cells, read_schema
+    from scvae.inference import svi
+    from scvae.inference.devices import device_of, seeded
     from scvae.programs import ZINB
-    from scvae.reading import read_cells, read_schema
 
     where = device_of(device)
     with seeded(0, where):
@@ -219,7 +219,7 @@ def quality(path: str, target: float, library: str = "observed") -> dict:
     The weights are copied every 10 steps while the clock stands still, and judged afterwards.
     """
     import scvae
-    from scvae import svi
+    from scvae.inference import svi
     from scvae.programs import ZINB
 
     train, test, batch_key = _split(path)

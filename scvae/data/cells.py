@@ -1,0 +1,281 @@
+"""What a program may know of the data: sparse counts and covariates, by the minibatch, on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from scvae.distributions import SparseCounts
+from scvae.kernels import operations
+
+__all__ = ["Batch", "Cells", "Schema"]
+
+_MAX_SHARE = 0.6  # of a GPU's free memory that counts may take
+_BLOCK = 1 << 16  # cells looked at in one go
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How an AnnData is read: where things lie in it, and the names that the model knows.
+
+    Made once, by :func:`scvae.data.reading.read_schema`, from the data that the model is fitted to; kept with the
+    model, so that other cells are read the same way.
+    """
+
+    genes: tuple[str, ...]
+    #: What the values are: ``"counts"``, ``"real"`` numbers, or numbers from 0 to 1, ``"unit"``.
+    kind: str = "counts"
+    layer: str | None = None
+    #: Key of ``.obsm``, where the values lie there; `genes` are then the names of its columns.
+    use_rep: str | None = None
+    #: Key of ``.obsm``, where images are modelled; `genes` then names their pixels.
+    image_key: str | None = None
+    #: Shape of an image, ``(height, width)`` or ``(channels, height, width)``.
+    image_shape: tuple[int, ...] | None = None
+    batch_key: str | None = None
+    size_factor_key: str | None = None
+    #: Names of the categories of each categorical covariate, the batch key first.
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Mean and standard deviation of each continuous covariate.
+    continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    check_counts: bool = True
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        if self.image_shape is None:
+            raise ValueError("These cells have no images.")
+        *channels, height, width = self.image_shape
+        return (channels[0] if channels else 1), height, width
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Names of the batches; a single empty name where no batch key was given."""
+        return ("",) if self.batch_key is None else self.categories[self.batch_key]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of the covariate matrix that each categorical covariate takes; the batch's first."""
+        return tuple(len(names) for names in self.categories.values())
+
+    @property
+    def n_covariates(self) -> int:
+        """Columns of the covariate matrix: the one-hot categories, then the continuous covariates."""
+        return sum(self.widths) + len(self.continuous)
+
+    def batch_of(self, codes: Tensor) -> Tensor:
+        """Return the code of the batch of each cell, ``[n]``, out of the codes of all categorical covariates.
+
+        All cells are of batch 0 where no batch key was given.
+        """
+        return codes[:, 0] if self.batch_key is not None else codes.new_zeros(len(codes))
+
+    def covariates(self, codes: Tensor, continuous: Tensor) -> Tensor:
+        """Return one-hot codes (a code of -1 gives zeros) beside continuous covariates, ``[n, n_covariates]``."""
+        blocks = [
+            (codes[:, i, None] == torch.arange(width, device=codes.device)).to(continuous.dtype)
+            for i, width in enumerate(self.widths)
+        ]
+        return torch.cat([*blocks, continuous], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A minibatch: some cells, as a program sees them.
+
+    Parameters
+    ----------
+    counts
+        Their counts, ``[n, G]`` (or whatever else was measured, see :attr:`values`); None where they are to be drawn.
+    library_size
+        Total counts of each over the modelled genes, ``[n]``.
+    s
+        Code of the batch covariate of each, ``[n]``; -1 where the batch is unknown.
+    covariates
+        One-hot batch and categorical covariates, then standardised continuous ones, ``[n, n_covariates]``.
+    size_factor
+        ``[n]``, or None.
+    """
+
+    counts: SparseCounts | None
+    library_size: Tensor
+    s: Tensor
+    covariates: Tensor
+    size_factor: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.s)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """What was measured as a dense matrix, ``[n, G]``."""
+        if self.counts is None:
+            raise ValueError("These cells are to be drawn: nothing was measured.")
+        return self.counts.dense()
+
+
+class Cells:
+    """Counts as CSR, and covariates, checked once, on a device.
+
+    Counts that would fill the memory of a GPU are kept in that of the host, and go to the device by the minibatch.
+
+    Parameters
+    ----------
+    counts
+        ``[n_cells, n_genes]``, CSR, float32, without stored zeros or repeats.
+    codes
+        Integer codes of the categorical covariates, ``[n_cells, n_keys]``, the batch's first; -1 is unknown.
+    continuous
+        Standardised continuous covariates, ``[n_cells, n_continuous]``.
+    schema
+        What the columns mean.
+    size_factor
+        ``[n_cells]``, positive, or None.
+    device
+        Where minibatches are made.
+    """
+
+    def __init__(
+        self,
+        counts: sparse.csr_matrix,
+        codes: np.ndarray,
+        continuous: np.ndarray,
+        schema: Schema,
+        size_factor: np.ndarray | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.schema = schema
+        self.device = torch.device(device)
+        self.n_cells, self.n_genes = counts.shape
+        store = _store(self.device, counts.nnz * (4 + counts.indices.itemsize))
+        self.values = self._tensor(counts.data, np.float32, store)
+        self.genes = self._tensor(counts.indices, counts.indices.dtype, store)
+        self.offsets = self._tensor(counts.indptr, np.int64)
+        self.library_size = self._tensor(np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(), np.float32)
+        self.log_factorial = self._log_factorial() if schema.kind == "counts" else torch.zeros_like(self.library_size)
+        self.codes = self._tensor(codes, np.int64)
+        self.continuous = self._tensor(continuous, np.float32)
+        self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
+
+    def __len__(self) -> int:
+        return self.n_cells
+
+    def batch(self, rows: Tensor, n_nonzero: int | None = None, padded: bool = False) -> Batch:
+        """Select cells by index, ``[n]``.
+
+        Giving the number of their non-zeros spares a wait for the device. With `padded` it may be larger than that:
+        what is too many repeats the last non-zero and counts for nothing, so that batches can have the same shapes.
+        """
+        values, cell, gene, *offsets = self._nonzeros(rows, n_nonzero, padded)
+        log_factorial, codes = self.log_factorial.index_select(0, rows), self.codes.index_select(0, rows)
+        return Batch(
+            SparseCounts(values, cell, gene, (len(rows), self.n_genes), log_factorial, padded, *offsets),
+            self.library_size.index_select(0, rows),
+            self.schema.batch_of(codes),
+            self.schema.covariates(codes, self.continuous.index_select(0, rows)),
+            None if self.size_factor is None else self.size_factor.index_select(0, rows),
+        )
+
+    def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
+        """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""
+        if self.device.type == "cpu" and not padded:
+            return operations.take_rows(self.values, self.genes, self.offsets, rows)
+        n = len(rows)
+        start = self.offsets[rows]
+        length = self.offsets[rows + 1] - start
+        shift = start - length.cumsum(0) + length  # from the place of a non-zero in the batch to its place in all cells
+        if padded:
+            length = torch.cat([length, n_nonzero - length.sum(0, keepdim=True)])
+            shift = torch.cat([shift, shift[-1:]])
+        cell = torch.repeat_interleave(length, output_size=n_nonzero)
+        entry = shift[cell] + torch.arange(len(cell), device=self.device)
+        if padded:
+            entry = torch.where(cell < n, entry, self.offsets[rows[-1] + 1] - 1)
+        return _take(self.values, entry), cell, _take(self.genes, entry)
+
+    def parts(self, size: int, rows: Tensor | None = None, shuffle: bool = False) -> Iterator[tuple[Tensor, int]]:
+        """Go once through the cells (or through `rows`), in order or shuffled, in parts of at most `size`.
+
+        The parts are as even as can be, so that none is a small leftover: their sizes differ by one at most, the larger
+        ones first. None is larger than `size`, unless a cell would be left alone.
+
+        Yields
+        ------
+        rows, n_nonzero
+            The index of the cells, ``[n]``, and the number of their non-zeros.
+        """
+        if rows is None:
+            rows = torch.arange(self.n_cells, device=self.device)
+        if shuffle:
+            rows = rows[torch.randperm(len(rows)).to(self.device)]
+        parts = rows.tensor_split(n_minibatches(len(rows), size))
+        lengths = self.offsets[rows + 1] - self.offsets[rows]
+        ends = torch.tensor([len(part) for part in parts], device=self.device).cumsum(0)
+        n_nonzero = torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
+        yield from zip(parts, n_nonzero, strict=True)
+
+    def minibatches(
+        self, size: int, rows: Tensor | None = None, shuffle: bool = False
+    ) -> Iterator[tuple[Tensor, Batch]]:
+        """Go through the cells as :meth:`parts` does, and yield the index of the cells of each, and the cells."""
+        for part, n_nonzero in self.parts(size, rows, shuffle):
+            yield part, self.batch(part, n_nonzero)
+
+    def _log_factorial(self) -> Tensor:
+        """Sum over genes of the log factorial of the counts, ``[n_cells]``: a constant of the data."""
+        parts = []
+        for first in range(0, len(self), _BLOCK):
+            offsets = self.offsets[first : first + _BLOCK + 1].to(self.values.device)
+            logs = torch.lgamma(self.values[offsets[0] : offsets[-1]].double() + 1).cumsum(0)
+            parts.append(torch.cat([logs.new_zeros(1), logs])[offsets - offsets[0]].diff())
+        return torch.cat(parts).to(self.device)
+
+    def gene_totals(self, rows: Tensor) -> Tensor:
+        """Return the total counts of each gene over some cells, ``[n_genes]``."""
+        total = torch.zeros(self.n_genes, dtype=torch.float64, device=self.device)
+        for part in rows.split(4096):
+            counts = self.batch(part).counts
+            total.index_add_(0, counts.gene, counts.values.double())
+        return total.float()
+
+    def moments(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each gene over some cells, by default all, each ``[n_genes]``."""
+        rows = torch.arange(len(self), device=self.device) if rows is None else rows
+        totals = torch.zeros(2, self.n_genes, dtype=torch.float64, device=self.device)
+        for part in rows.split(4096):
+            counts = self.batch(part).counts
+            values = counts.values.double()
+            totals.index_add_(1, counts.gene, torch.stack([values, values**2]))
+        mean, square = totals / len(rows)
+        return mean.float(), (square - mean**2).clamp(min=0).float()
+
+    def unexpressed(self) -> list[str]:
+        """Return the names of the genes that no cell expresses."""
+        totals = torch.bincount(self.genes, minlength=self.n_genes).tolist()
+        return [gene for gene, total in zip(self.schema.genes, totals, strict=True) if not total]
+
+    def _tensor(self, array: np.ndarray, dtype: Any, device: torch.device | None = None) -> Tensor:
+        return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(device or self.device)
+
+
+def n_minibatches(n_cells: int, size: int) -> int:
+    """Return how many minibatches of at most `size` cells there are, when no cell may be left alone."""
+    return max(1, min(-(-n_cells // size), n_cells // 2))
+
+
+def _store(device: torch.device, n_bytes: int) -> torch.device:
+    """Where to keep so many bytes of counts: on the device, unless that would leave a GPU too little room to work."""
+    crowded = device.type == "cuda" and n_bytes > _MAX_SHARE * torch.cuda.mem_get_info(device)[0]
+    return torch.device("cpu") if crowded else device
+
+
+def _take(array: Tensor, entry: Tensor) -> Tensor:
+    """Select entries, wherever the array is kept."""
+    return array.index_select(0, entry.to(array.device)).to(entry.device)

@@ -1,0 +1,1 @@
+"""How a program is fitted and judged: the bound, the training loop and its steps."""

@@ -1,0 +1,166 @@
+r"""The bound and the evidence, for any program.
+
+.. math::
+    \log p(x) - \mathrm{KL}[q(z|x) \| p(z|x)] = \mathbb E_q \log p(x|z) - \mathrm{KL}[q(z|x) \| p(z)].
+
+The left side is what is wanted, the right side (ELBO) is what is maximised. The evidence itself is estimated by
+importance weighting (Burda et al. 2016, Importance Weighted Autoencoders, ICLR, equation 8), or by plain Monte Carlo
+over the prior, which shows why the guide is needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from scvae.data.cells import Batch
+from scvae.programs.program import Program
+
+__all__ = ["elbo", "elbo_terms", "importance_weighted", "prior_monte_carlo", "unchecked"]
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Pyro's and torch's checks of distributions off within the block: what they find, the loss shows too."""
+    default = torch.distributions.Distribution._validate_args  # which Pyro would set to its own when it restores
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(default)
+
+
+def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw once from the guide and return what the ELBO is made of.
+
+    Returns
+    -------
+    log_likelihood
+        ``log p(x | z)`` of each observed site by name, nats, ``[n]``; and what the guide alone declares
+        (``pyro.factor``), with a minus, as it is a part of ``log q``.
+    kl
+        ``KL[q(z | x) || p(z)]`` of each latent site by name, nats, ``[n]``; in closed form where there is one, else
+        ``E log q(z) - log p(z)`` of the draw, where the first term is in closed form or of the draw too.
+
+    A discrete site that the guide marks with ``infer={"enumerate": "parallel"}`` is not drawn. It takes all its values,
+    on an axis to the left of the cells', whatever probabilities the guide gives them, and the terms are averages with
+    those probabilities that make the bound highest (the E-step of EM).
+    """
+    q, p = _traces(program, batch)
+    log_likelihood, kl = {}, {}
+    for name, site in _sites(p):
+        if site["is_observed"]:
+            log_likelihood[name] = _log_prob(site)
+            continue
+        if name in q.nodes and _is_enumerated(q.nodes[name]):
+            kl[name] = -_log_prob(site)
+            continue
+        try:
+            divergence = kl_divergence(q.nodes[name]["fn"], site["fn"])
+            kl[name] = scale_and_mask(divergence, site["scale"], site["mask"])
+        except NotImplementedError:
+            kl[name] = _mean_log_prob(q.nodes[name]) - _log_prob(site)
+    for name, site in _sites(q):
+        if name not in p.nodes:
+            log_likelihood[name] = -_log_prob(site)
+    enumerated = [name for name, site in _sites(q) if _is_enumerated(site)]
+    if enumerated:
+        with torch.no_grad():  # the bound is at its highest in these weights
+            log_weight = (sum(log_likelihood.values()) - sum(kl.values())).log_softmax(0)  # [K, n]
+        kl[enumerated[0]] = kl[enumerated[0]] + log_weight
+        log_likelihood, kl = (
+            {name: (log_weight.exp() * term).sum(0) for name, term in terms.items()} for terms in (log_likelihood, kl)
+        )
+    return log_likelihood, kl
+
+
+def elbo(program: Program, batch: Batch, n_samples: int = 1) -> Tensor:
+    """Estimate the ELBO of each cell, in nats, ``[n]``, with `n_samples` draws from the guide."""
+    total: Tensor | float = 0.0
+    for _ in range(n_samples):
+        log_likelihood, kl = elbo_terms(program, batch)
+        total = total + sum(log_likelihood.values()) - sum(kl.values())
+    return total / n_samples  # type: ignore[return-value]
+
+
+def importance_weighted(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
+    r"""Estimate ``log p(x)`` of each cell, in nats, ``[n]``, by importance weighting.
+
+    :math:`\log \frac1K \sum_k p(x, z_k) / q(z_k | x)` with :math:`z_k \sim q(z | x)`: in expectation at least the ELBO
+    (which it is for ``n_samples=1``), at most the evidence, and rising with `n_samples`.
+    """
+
+    def log_weight() -> Tensor:
+        weight = _log_weight(*_traces(program, batch))
+        return weight.logsumexp(0) if weight.dim() > 1 else weight
+
+    return _log_mean_exp(log_weight, n_samples)
+
+
+def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
+    r"""Estimate ``log p(x)`` of each cell, in nats, ``[n]``, by :math:`\log \frac1K \sum_k p(x|z_k), z_k \sim p(z)`.
+
+    Unbiased before the logarithm, but of such variance that it is of use for tiny models only.
+    """
+
+    def log_likelihood() -> Tensor:
+        trace = poutine.trace(program.model).get_trace(batch)
+        return sum(_log_prob(site) for _, site in _sites(trace) if site["is_observed"])  # type: ignore[return-value]
+
+    return _log_mean_exp(log_likelihood, n_samples)
+
+
+def _traces(program: Program, batch: Batch) -> tuple[Trace, Trace]:
+    q = poutine.trace(poutine.enum(program.guide, first_available_dim=-2)).get_trace(batch)
+    return q, poutine.trace(poutine.replay(program.model, q)).get_trace(batch)
+
+
+def _sites(trace: Trace) -> list[tuple[str, dict]]:
+    return [
+        (name, site)
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not poutine.util.site_is_subsample(site)
+    ]
+
+
+def _is_enumerated(site: dict) -> bool:
+    return site["infer"].get("_enumerate_dim") is not None
+
+
+def _log_prob(site: dict) -> Tensor:
+    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"])
+
+
+def _mean_log_prob(site: dict) -> Tensor:
+    """``E_q log q``: less the entropy where that has a closed form, else ``log q`` of the draw.
+
+    For normals both have the same gradient, but the first needs no solution of a triangular system, which is without a
+    digit where the covariance is nearly singular.
+    """
+    try:
+        return scale_and_mask(-site["fn"].entropy(), site["scale"], site["mask"])
+    except NotImplementedError:
+        return _log_prob(site)
+
+
+def _log_weight(q: Trace, p: Trace) -> Tensor:
+    """Log of the importance weight of a draw, ``[n]``, or, where a site is enumerated, of each value, ``[K, n]``."""
+    of_guide = sum(_log_prob(site) for _, site in _sites(q) if not _is_enumerated(site))
+    return sum(_log_prob(site) for _, site in _sites(p)) - of_guide  # type: ignore[return-value]
+
+
+def _log_mean_exp(draw: object, n_samples: int) -> Tensor:
+    """Log of the mean of the exponential of `n_samples` draws, one at a time."""
+    total = draw()
+    for _ in range(n_samples - 1):
+        total = torch.logaddexp(total, draw())
+    return total - math.log(n_samples)

@@ -1,0 +1,153 @@
+"""One step of the optimisation: minibatch, ELBO, gradient, Adam; recorded whole and replayed where that can be."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from scvae.data.cells import Cells
+from scvae.inference.evidence import elbo_terms
+from scvae.inference.recording import Capture
+from scvae.programs.program import Program
+
+__all__ = ["Step"]
+
+_log = logging.getLogger("scvae")
+
+_WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate what they keep
+_SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
+
+
+class Step:
+    """Takes one step of stochastic gradient ascent on the ELBO each time it is called.
+
+    All that changes from step to step (KL weight, learning rate, count of the steps, sums for the history, the terms
+    in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
+    can be captured: after a few steps each size of minibatch is recorded and replayed from then on
+    (:mod:`scvae.inference.recording`). Where that cannot be, steps are taken as the program declares them, and the log
+    says so.
+
+    Parameters
+    ----------
+    program, cells
+        What is trained, on what.
+    decay
+        Rate of the weight decay of ``program.decayed()``.
+    rates, kl_weights
+        Learning rate and weight of the KL terms at each step, ``[n_steps]``.
+    capture
+        Records a function and returns one that replays it; None where steps are not to be captured.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        cells: Cells,
+        decay: float,
+        rates: Tensor,
+        kl_weights: Tensor,
+        capture: Capture | None = None,
+    ) -> None:
+        self.program, self.cells, self.capture = program, cells, capture
+        self.rates, self.kl_weights = rates.to(cells.device), kl_weights.to(cells.device)
+        self.parameters = [p for p in program.parameters() if p.requires_grad]
+        shrunk = {id(p) for p in program.decayed()}
+        self.adams = [
+            _Adam([p for p in self.parameters if id(p) not in shrunk], 0.0),
+            _Adam([p for p in self.parameters if id(p) in shrunk], decay),
+        ]
+        self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
+        self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
+        self.taken = 0
+        self.replays: dict[int, tuple[int, Tensor, Callable[[], None]]] = {}
+        #: Step, counted from 1, that the terms below are of: the first one that was not finite, or else the latest.
+        self.seen = torch.zeros(1, dtype=torch.int64, device=cells.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=cells.device)
+        self.terms: dict[str, Tensor] = {}
+
+    def __call__(self, rows: Tensor, n_nonzero: int) -> None:
+        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
+        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken >= _WARM_UP else None
+        if replay is None:
+            self._take(rows, n_nonzero)
+        else:
+            replay()
+        self.taken += 1
+
+    def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
+        log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
+        reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
+        loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        with torch.no_grad():
+            rate = self.rates.index_select(0, self.count).squeeze()
+            self.count += 1
+            n_taken = self.count.squeeze().float()
+            of: dict[Tensor, Tensor | None] = dict(zip(self.parameters, gradients, strict=True))
+            for adam in self.adams:
+                adam.step(of, rate, n_taken)
+            self.sums += torch.stack([reconstruction, divergence])
+            finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
+            self._watch({**log_likelihood, **kl}, finite)
+
+    def _watch(self, terms: dict[str, Tensor], finite: Tensor) -> None:
+        """Keep the terms of this step, unless one before it was not finite."""
+        for name, term in terms.items():
+            if name not in self.terms:
+                self.terms[name] = torch.zeros_like(term)  # the first minibatch is the largest
+            kept = self.terms[name][: len(term)]
+            torch.where(self.finite, term, kept, out=kept)
+        torch.where(self.finite, self.count, self.seen, out=self.seen)
+        self.finite &= finite
+
+    def _replay(self, rows: Tensor, n_nonzero: int, capture: Capture) -> Callable[[], None] | None:
+        """Return what replays a step of so many cells, with these cells put where it reads them."""
+        room, static_rows, replay = self.replays.get(len(rows), (0, rows, None))
+        if replay is None or (capture.fixed_shapes and n_nonzero > room):
+            room, static_rows = int(_SLACK * n_nonzero), rows.clone()
+            try:
+                replay = capture(lambda: self._take(static_rows, room, padded=capture.fixed_shapes))
+            except RuntimeError as error:
+                _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
+                self.capture = None
+                return None
+            self.replays[len(rows)] = (room, static_rows, replay)
+        static_rows.copy_(rows)
+        return replay
+
+
+class _Adam:
+    """Adam with decoupled weight decay; as torch.optim.AdamW, whose making takes a second for what is not used.
+
+    Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR, algorithm 2.
+    """
+
+    def __init__(self, parameters: list[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.states = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+
+    def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
+        """Take a step of that size along the gradients, where there are any; `n_taken`, a float, counts it too."""
+        used = [(*state, gradients[state[0]]) for state in self.states if gradients[state[0]] is not None]
+        if not used:
+            return
+        parameters, means, squares, given = map(list, zip(*used, strict=True))
+        torch._fused_adamw_(  # the one kernel of torch.optim.AdamW(fused=True)
+            parameters,
+            given,
+            means,
+            squares,
+            [],
+            [n_taken] * len(used),
+            lr=rate,
+            beta1=0.9,
+            beta2=0.999,
+            weight_decay=self.decay,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )

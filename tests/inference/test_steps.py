@@ -1,0 +1,155 @@
+"""Steps that are recorded and replayed are the steps that would have been taken one operation at a time."""
+
+import logging
+
+import pytest
+import torch
+
+from scvae.data.reading import read_cells, read_schema
+from scvae.inference import recording, steps, svi
+from scvae.inference.devices import seeded
+from scvae.inference.evidence import unchecked
+from scvae.inference.steps import Step
+from scvae.inference.svi import Training, train
+from scvae.programs import ZINB
+
+
+class Recorder:
+    """Stands in for CUDA graphs: keeps the function, and runs it when it is replayed."""
+
+    fixed_shapes = True
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, function):
+        self.recorded += 1
+
+        def replay():
+            self.replayed += 1
+            function()
+
+        return replay
+
+
+@pytest.fixture
+def cells(adata):
+    return read_cells(adata, read_schema(adata, batch_key="batch"))
+
+
+def trained(cells, capture, n_epochs=3, size=30):
+    """The steps, after some epochs of them.
+
+    Weights that matter to nothing (a bias before a batch norm) follow the rounding of their gradients: compare sums.
+    """
+    with seeded(0, torch.device("cpu")):
+        program = ZINB(cells.schema, n_latent=3, n_hidden=8)
+        program.initialise(cells)
+        n_steps = n_epochs * len(list(cells.parts(size)))
+        training = Training()
+        step = Step(program, cells, 1.0, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
+        with unchecked():
+            for _ in range(n_epochs):
+                for rows, n_nonzero in cells.parts(size, shuffle=True):
+                    step(rows, n_nonzero)
+    return step
+
+
+def test_replayed_steps_are_those_that_are_taken_one_by_one(cells, monkeypatch):
+    monkeypatch.setattr(steps, "_SLACK", 3)
+    recorder = Recorder()
+    step = trained(cells, recorder)
+    assert torch.allclose(step.sums, trained(cells, None).sums, rtol=1e-5)
+    assert step.taken == int(step.count) == 9
+    assert recorder.recorded == 2  # minibatches of 27 and of 26 cells
+    assert recorder.replayed == 9 - steps._WARM_UP
+
+
+def test_a_minibatch_with_more_nonzeros_than_there_is_room_for_is_recorded_anew(cells, monkeypatch):
+    monkeypatch.setattr(steps, "_SLACK", 1)
+    recorder = Recorder()
+    step = trained(cells, recorder, n_epochs=6, size=10)
+    assert recorder.recorded > len(step.replays)
+    assert torch.allclose(step.sums, trained(cells, None, n_epochs=6, size=10).sums, rtol=1e-5)
+
+
+def test_where_recording_fails_steps_are_taken_one_by_one_and_the_log_says_so(cells, caplog):
+    def capture(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with caplog.at_level(logging.INFO, "scvae"):
+        step = trained(cells, capture)
+    assert step.capture is None
+    assert step.taken == int(step.count) == 9
+    assert [r.message for r in caplog.records] == [
+        "Steps are not captured as a CUDA graph (operation not permitted when stream is capturing); they are taken "
+        "one by one."
+    ]
+    assert torch.equal(step.sums, trained(cells, None).sums)
+
+
+def test_a_fault_between_two_checks_is_put_down_to_its_own_step(adata, breaking):
+    cells = read_cells(adata, read_schema(adata, batch_key="batch"))
+    for where, site, n_rows in (("x", "x", None), ("gradient", "gradient", 27)):
+        program = breaking(cells.schema, n_latent=3, n_hidden=8, where=where)
+        program.initialise(cells)
+        training = Training()
+        step = Step(program, cells, 1.0, training.learning_rates(30), training.kl_weights(30))
+        recent = []
+        with unchecked():
+            for rows, n_nonzero in [part for _ in range(3) for part in cells.parts(30, shuffle=True)]:
+                step(rows, n_nonzero)
+                recent.append(rows)
+        assert not step.finite
+        fault = svi._fault(step, recent)
+        assert (fault.step, fault.site) == (4, site)
+        assert set(fault.rows) <= set(recent[3].tolist())
+        assert n_rows in (None, len(fault.rows))
+
+
+def test_adam_is_that_of_torch():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3), torch.randn(6, 4, 3)
+    ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    unused = torch.zeros(2)
+    adam, other = steps._Adam([ours, unused], 0.5), torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.5)
+    for i, gradient in enumerate(gradients):
+        theirs.grad = gradient
+        other.param_groups[0]["lr"] = 0.1 / (i + 1)
+        adam.step({ours: gradient, unused: None}, torch.tensor(0.1 / (i + 1)), torch.tensor(i + 1.0))
+        other.step()
+    assert torch.allclose(ours, theirs, rtol=1e-5)
+    assert not unused.any()
+
+
+def test_rates_and_weights_of_the_kl_are_those_that_training_names():
+    training = Training(learning_rate=0.5, kl_weight=2.0, kl_warmup=0.5)
+    rates, weights = training.learning_rates(100), training.kl_weights(100)
+    assert rates.argmax() == 10
+    assert rates.max() == pytest.approx(0.5)
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[-1] < 0.001
+    assert (rates[:10].diff() > 0).all()
+    assert (rates[10:].diff() < 0).all()
+    assert weights[49:].tolist() == [2.0] * 51
+    assert weights[:50].tolist() == pytest.approx([2 * (i + 1) / 50 for i in range(50)])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_captured_losses_are_those_of_steps_taken_one_by_one_statistically(adata, monkeypatch, caplog):
+    cells = read_cells(adata, read_schema(adata, batch_key="batch"), device="cuda")
+
+    def final(capture, seed):
+        with seeded(seed, torch.device("cuda")):
+            program = ZINB(cells.schema, n_latent=3, n_hidden=8).cuda()
+            program.initialise(cells)
+            monkeypatch.setattr(svi, "CudaGraphs", (lambda: recording.CudaGraphs()) if capture else (lambda: None))
+            return train(program, cells, Training(40, 30), progress=False)["elbo"][-1]
+
+    with caplog.at_level(logging.INFO, "scvae"):
+        captured, plain = (torch.tensor([final(c, seed) for seed in range(8)]) for c in (True, False))
+    assert caplog.records == []  # nothing fell back
+    error = (captured.var() / 8 + plain.var() / 8).sqrt()
+    assert abs(captured.mean() - plain.mean()) < 4 * error
+    assert captured.unique().numel() == 8  # random numbers stay random
