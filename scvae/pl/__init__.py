@@ -100,7 +100,7 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
     >>> pl.history(model).get_ylabel()
     'ELBO (nats a cell)'
     """
-    course = model if isinstance(model, Mapping) else model.history
+    course = getattr(model, "history", model)
     ax = _axes(ax, (5, 3.5))
     ax.plot(course["step"], course["elbo"], label="training cells")
     if "validation_elbo" in course:

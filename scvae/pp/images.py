@@ -513,21 +513,21 @@ def _angles(angles: Any, adata: AnnData) -> np.ndarray:
 
 def _samples(adata: AnnData, sample_key: str | None) -> pd.Categorical:
     """Return the sample of each cell; there is one if there is no key."""
-    from scvae.data.reading import _column
+    from scvae.data.reading import column_of
 
     if sample_key is None:
         return pd.Categorical.from_codes(np.zeros(adata.n_obs, dtype=np.int64), [""])
-    return pd.Categorical(_column(adata, sample_key).astype(str))
+    return pd.Categorical(column_of(adata, sample_key).astype(str))
 
 
 def _masses(
     adata: AnnData, cell_type_key: str | None, genes: Sequence[str] | None, layer: str | None, use_rep: str | None
 ) -> tuple[sparse.csr_matrix, list[str]]:
     """Return what each cell adds to each channel, ``[n_cells, C]``, and the names of the channels."""
-    from scvae.data.reading import _column, _csr, _matrix, _representation, some
+    from scvae.data.reading import _csr, _representation, column_of, matrix_of, some
 
     if cell_type_key is not None:
-        column, where = _column(adata, cell_type_key), f"adata.obs[{cell_type_key!r}]"
+        column, where = column_of(adata, cell_type_key), f"adata.obs[{cell_type_key!r}]"
         if column.dtype.kind == "f":
             raise ValueError(f"{where} holds fractions, not types ({column.dtype}): make it strings or a categorical.")
         types = pd.Categorical(column)
@@ -538,7 +538,7 @@ def _masses(
         frame, where = _representation(adata, use_rep), f"adata.obsm[{use_rep!r}]"
         masses, names = sparse.csr_matrix(frame.to_numpy(dtype=np.float64)), frame.columns
     else:
-        matrix, where = _matrix(adata, layer)
+        matrix, where = matrix_of(adata, layer)
         names, chosen = adata.var_names.astype(str), None
         if genes is not None:
             names = _names(genes, names, "adata.var_names")
