@@ -398,11 +398,12 @@ def compare(
       scvae compare cells.h5ad configurations.json --figure compare.png
     """
     from scvae import comparing, pl
+    from scvae.pl.axes import pyplot
 
     _check_folder(output, "--output")
     _check_folder(figure, "--figure")
     if figure is not None:
-        pl._pyplot()  # better to say that it is missing before the fits
+        pyplot()  # better to say that it is missing before the fits
     given = _read_json(configurations)
     adata = _read(input)
     try:

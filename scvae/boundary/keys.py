@@ -31,10 +31,8 @@ def check_key(name: str, key: Any) -> str:
     if not key.strip():
         raise ValueError(f"{name} is empty: name the key to write to.")
     if "/" in key or "\0" in key or key in (".", ".."):
-        raise ValueError(
-            f"{name} is {key!r}, which an .h5ad file cannot hold as a name: leave out "
-            f"{'the slash' if '/' in key else 'that'}, as in {key.replace('/', '_').strip('.') or 'X_scvae'!r}."
-        )
+        other = key.replace("/", "_").replace("\0", "").strip(".") or "X_scvae"
+        raise ValueError(f"{name} is {key!r}, which a file cannot hold as a name: take another, such as {other!r}.")
     return str(key)
 
 

@@ -165,7 +165,10 @@ def read_cells(
     else:
         frame, where = _representation(adata, schema.use_rep), f"adata.obsm[{schema.use_rep!r}]"
         matrix, names = frame.to_numpy(), frame.columns
-    counts = _csr(matrix, _columns(names, schema.genes, missing_genes, adata))
+    columns = _columns(names, schema.genes, missing_genes, adata)
+    if columns is not None:
+        _warn_of_few(columns, schema.genes, adata)
+    counts = _csr(matrix, columns)
     _check_values(counts, adata, schema, where)
     if schema.kind == "counts" and schema.image_key is None:
         _check_not_empty(counts, adata, schema, where, mask_var)
@@ -353,13 +356,17 @@ def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str, adata: A
             f"The AnnData lacks {some(missing, 'gene')} of the {len(genes)} that the model was fitted to. Pass "
             "missing_genes='zero' to take their counts for 0."
         )
-    if 2 * len(missing) > len(genes):
+    return columns
+
+
+def _warn_of_few(columns: np.ndarray, genes: Sequence[str], adata: AnnData) -> None:
+    n_here = int((columns >= 0).sum())
+    if 2 * n_here < len(genes):
         warnings.warn(
-            f"The AnnData has only {len(genes) - len(missing)} of the {len(genes)} genes of the model; the others are "
-            f"taken for 0, and what the model says of these cells means little. {_other_names(adata, genes)}",
+            f"The AnnData has only {n_here} of the {len(genes)} genes of the model; the others are taken for 0, and "
+            f"what the model says of these cells means little. {_other_names(adata, genes)}",
             stacklevel=5,
         )
-    return columns
 
 
 def _other_names(adata: AnnData, genes: Sequence[str]) -> str:

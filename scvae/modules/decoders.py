@@ -83,8 +83,8 @@ class CountDecoder(nn.Module):
         if isinstance(self.log_theta, LinearWithCovariates):
             theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
-            mean = self.log_theta.mean(0, keepdim=True)  # for cells of a batch that is not known, -1
-            theta = torch.cat([self.log_theta, mean])[batch.s].exp()  # type: ignore[list-item]  # [n, G]
+            of_unknown = self.log_theta.mean(0, keepdim=True)  # of cells of a batch that is not known, -1
+            theta = torch.cat([self.log_theta, of_unknown])[batch.s].exp()  # type: ignore[list-item]  # [n, G]
         else:
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:

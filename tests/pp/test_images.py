@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, sparse
 
 from scvae import pp
-from scvae.pp import images as module
+from scvae.pp import neighborhoods as module
 
 OSMFISH = Path(__file__).parents[3] / "shared" / "data" / "osmfish_cortex.h5ad"
 
