@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from scvae.data.cells import Schema
 from scvae.data.reading import _column, read_schema, some
 from scvae.fitting import _check_options, _program, fit
+from scvae.inference.progress import Progress
 from scvae.inference.svi import Training
 
 __all__ = ["compare"]
@@ -132,7 +132,7 @@ def compare(
 
     test = adata[is_test].to_memory()
     log_likelihoods, rows = {}, {}
-    bar = tqdm(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit", dynamic_ncols=True)
+    bar = Progress(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit")
     for name, options in bar:
         bar.set_postfix_str(str(name))
         with _naming(name):

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from scvae.data.cells import Cells, n_minibatches
 from scvae.inference.devices import seeded
 from scvae.inference.evidence import elbo_terms, unchecked
+from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
 from scvae.programs.program import Program
@@ -158,7 +158,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     best, best_state, waited = -math.inf, None, 0
     stopped = "finished"
 
-    bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
+    bar = Progress(total=n_steps, disable=not progress)
     program.train()
     with unchecked(), bar:
         try:
