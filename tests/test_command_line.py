@@ -120,12 +120,12 @@ def test_every_option_reaches_the_function(run, monkeypatch):
         "fit", DATA, "--model", "model", "--layer", "counts",
         "--categorical-covariate-key", "donor", "--categorical-covariate-key", "sex",
         "--continuous-covariate-key", "age", "--size-factor-key", "size", "--mask-var", "chosen",
-        "--no-check-counts", "--overwrite", "--program", "vq", "--use-rep", "panel", "--posterior", "iaf",
+        "--no-check-counts", "--overwrite", "--program", "vq_gaussian", "--use-rep", "panel", "--posterior", "iaf",
         "--prior", "vamp", "--likelihood", "nb", "--dispersion", "gene-batch", "--option", "n_hidden=64",
         "--option", "encode_covariates=false", "--option", "noise=gene", "--option", "noise_scale=null",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert (passed["program"], passed["use_rep"]) == ("vq", "panel")
+    assert (passed["program"], passed["use_rep"]) == ("vq_gaussian", "panel")
     assert (passed["posterior"], passed["prior"]) == ("iaf", "vamp")
     assert (passed["likelihood"], passed["dispersion"]) == ("nb", "gene-batch")
     assert (passed["n_hidden"], passed["encode_covariates"]) == (64, False)

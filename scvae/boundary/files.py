@@ -263,7 +263,7 @@ def check_output(
     for source in map(Path, inputs):
         lies = _relation(place, source)
         if lies is not None:
-            raise ValueError(f"{option} {path} {lies} {source}, which is left as it is: name another {what}")
+            raise ValueError(f"{option} {path} {lies} {source}, which it would change: name another {what}")
     if os.path.lexists(place):
         if suffixes and place.is_dir() and path.suffix.lower() != ".zarr":
             raise FileExistsError(f"{option} {path} is a folder: name a file")
@@ -398,8 +398,8 @@ def _flush_folder_of(place: Path) -> None:
         _flush_folder(place.parent)
     except OSError as error:
         warnings.warn(
-            f"{place} is written, but its folder could not be flushed to the disk ({_reason(error)}): after a power cut "
-            "it may be what it was before.",
+            f"{place} is written, but its folder could not be flushed to the disk ({_reason(error)}): after a power "
+            "cut it may be what it was before.",
             stacklevel=3,
         )
 
