@@ -85,7 +85,9 @@ def write(adata: AnnData, path: str | Path) -> None:
     """
     if Path(path).suffix.lower() == ".zarr":
         _zarr()
-        files.write_folder(path, adata.write_zarr)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Writing zarr v2")  # either is read
+            files.write_folder(path, adata.write_zarr)
     else:
         files.write_file(path, adata.write_h5ad)
 
