@@ -1,23 +1,27 @@
-"""The command line: ``scvae fit``, ``embed``, ``cluster``, ``compare`` and ``demo``; also ``python -m scvae``."""
+"""The command line, ``scvae`` or ``python -m scvae``: ``fit``, ``embed``, ``denoise``, ``generate``, ``cluster``, …."""
 
 from __future__ import annotations
 
+import dis
 import json
+import math
 import sys
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
+    from typer.core import TyperCommand
 except ModuleNotFoundError as error:
     raise SystemExit('scvae: the command line needs typer: pip install "scvae-pyro[cli]"') from error
 
 import scvae
-
-if TYPE_CHECKING:
-    from anndata import AnnData
+from scvae.boundary import files, formats
+from scvae.inference import progress
 
 app = typer.Typer(
     name="scvae",
@@ -27,6 +31,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_OUTPUT = formats.WRITTEN
+_FIGURE = (".png", ".pdf", ".svg")
+
+
+class _Command(TyperCommand):
+    """A command that can be interrupted and kept quiet, and of which no option is dropped silently."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order: list[Any] = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option, times in Counter(order).items():
+            if times > 1 and option.param_type_name == "option" and not (option.multiple or option.is_flag):
+                ctx.fail(f"{option.opts[0]} is given {times} times, but takes one value.")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with progress.quiet(bool(ctx.params.get("quiet"))):
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("\nscvae: interrupted; nothing is half-written", err=True)
+            raise typer.Exit(130) from None
 
 
 class Likelihood(StrEnum):
@@ -103,15 +130,28 @@ def _scvae(
     """
 
 
-Input = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="AnnData file with raw counts.")]
+Input = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="File with raw counts: .h5ad, 10x .h5, .zarr or .loom.")]
 Layer = Annotated[str | None, typer.Option(help="Layer that holds the raw counts. [default: X]", show_default=False)]
-Output = Annotated[Path | None, typer.Option(help="Where to write the AnnData with its embedding.")]
+Batch = Annotated[
+    list[str] | None,
+    typer.Option(help="Column of .obs with the batch of each cell; repeatable: columns are combined."),
+]
+Model = Annotated[Path, typer.Option(help="Model saved by `scvae fit --model`.")]
+Unknown = Annotated[
+    UnknownBatch, typer.Option(help="Batches that the model has not seen: refuse, or go on without batch.")
+]
+Missing = Annotated[MissingGenes, typer.Option(help="Genes of the model that are absent: refuse, or count as zero.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and say nothing but warnings and errors.")]
 
 
-@app.command()
+@app.command(cls=_Command)
 def fit(
     input: Input,
-    output: Output = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the AnnData with its embedding: .h5ad or .zarr.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")] = None,
     program: Annotated[
         str,
@@ -120,7 +160,7 @@ def fit(
             "matrix_normal (images)."
         ),
     ] = "zinb",
-    batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
+    batch_key: Batch = None,
     layer: Layer = None,
     use_rep: Annotated[
         str | None,
@@ -203,13 +243,14 @@ def fit(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Cells in a minibatch.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
+    device: Device = "auto",
     key_added: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
     check_counts: Annotated[
         bool,
         typer.Option("--check-counts/--no-check-counts", help="Refuse counts that are not whole numbers."),
     ] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit a model to raw counts; write the embedding, save the model, or both.
 
@@ -230,28 +271,25 @@ def fit(
     """
     if output is None and model is None:
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
-    _check_folder(output, "--output")
-    _check_folder(model, "--model")
-    if model is not None and model.exists() and not overwrite:
-        raise FileExistsError(f"--model {model} exists: name another folder, or add --overwrite")
-    named = {"posterior": posterior, "prior": prior, "likelihood": likelihood, "dispersion": dispersion}
-    options: dict[str, Any] = {
-        **{name: str(value) for name, value in {**named, "library": library}.items() if value is not None},
-        **{
-            name: value
-            for name, value in {"kl_weight": kl_weight, "weight_decay": weight_decay}.items()
-            if value is not None
-        },
-        **dict(_option(text) for text in option or ()),
-    }
-    adata = _read(input)
+    if model is not None:
+        files.check_output(model, "--model", inputs=[input], overwrite=overwrite)
+    if output is not None:
+        others = [input] if model is None else [input, model]
+        files.check_output(output, "--output", inputs=others, suffixes=_OUTPUT, overwrite=overwrite)
+    words = {"posterior": posterior, "prior": prior, "likelihood": likelihood}
+    words |= {"dispersion": dispersion, "library": library}
+    named: dict[str, Any] = {name: str(value) for name, value in words.items() if value is not None}
+    numbers = {"kl_weight": kl_weight, "weight_decay": weight_decay}
+    named |= {name: value for name, value in numbers.items() if value is not None}
+    options = {**named, **_options(program, option or (), named)}
+    adata = formats.read(input)
     fitted = scvae.fit(
         adata,
         program,
         layer=layer,
         use_rep=use_rep,
         image_key=image_key,
-        batch_key=batch_key,
+        batch_key=_one_or_all(batch_key),
         categorical_covariate_keys=categorical_covariate_key or (),
         continuous_covariate_keys=continuous_covariate_key or (),
         size_factor_key=size_factor_key,
@@ -263,32 +301,34 @@ def fit(
         seed=seed,
         key_added=key_added,
         check_counts=check_counts,
+        progress=not quiet,
         **options,
     )
     if model is not None:
         fitted.save(model, overwrite=overwrite)
-        typer.echo(f"model: {model}")
+        _say(f"model: {model}", quiet)
     if output is not None:
-        adata.write_h5ad(output)
-        typer.echo(f'embedding: .obsm["{key_added}"] in {output}')
+        formats.write(adata, output)
+        _say(f'embedding: .obsm["{key_added}"] in {output}', quiet)
+    if (where := _interruption(fitted)) is not None:
+        typer.echo(f"scvae: training was interrupted {where}; what was fitted until then is written", err=True)
+        raise typer.Exit(130)
 
 
-@app.command()
+@app.command(cls=_Command)
 def embed(
     input: Input,
-    model: Annotated[Path, typer.Option(help="Model saved by `scvae fit --model`.")],
-    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its embedding.")],
-    unknown_batch: Annotated[
-        UnknownBatch,
-        typer.Option(help="Batches that the model has not seen: refuse, or embed without batch."),
-    ] = UnknownBatch.error,
-    missing_genes: Annotated[
-        MissingGenes, typer.Option(help="Genes of the model that are absent: refuse, or count as zero.")
-    ] = MissingGenes.error,
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its embedding: .h5ad or .zarr.")],
+    unknown_batch: Unknown = UnknownBatch.error,
+    missing_genes: Missing = MissingGenes.error,
     key_added: Annotated[
         str | None,
         typer.Option(help="Key of the embedding in .obsm. [default: that of the fit]", show_default=False),
     ] = None,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Embed cells, seen or new, with a saved model.
 
@@ -298,20 +338,114 @@ def embed(
 
       scvae embed new.h5ad --model model --output new_out.h5ad
     """
-    _check_folder(output, "--output")
-    fitted = scvae.load(model)
-    adata = _read(input)
+    files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    fitted = scvae.load(model, device=device)
+    adata = formats.read(input)
     key = key_added or fitted.key_added
     adata.obsm[key] = fitted.embed(adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value)
-    adata.write_h5ad(output)
-    typer.echo(f'embedding: .obsm["{key}"] in {output}')
+    formats.write(adata, output)
+    _say(f'embedding: .obsm["{key}"] in {output}', quiet)
 
 
-@app.command()
+@app.command(cls=_Command)
+def denoise(
+    input: Input,
+    model: Model,
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its new layer: .h5ad or .zarr.")],
+    layer_added: Annotated[str, typer.Option(help="Layer to write to.")] = "denoised",
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Decode all cells as if of this batch; repeatable: the mean. [default: each as of its own]",
+            show_default=False,
+        ),
+    ] = None,
+    genes: Annotated[
+        list[str] | None,
+        typer.Option(help="A gene that is wanted; repeatable. [default: all of the model]", show_default=False),
+    ] = None,
+    library_size: Annotated[
+        str,
+        typer.Option(
+            metavar="NUMBER|cell",
+            help="What the expression of a cell sums to: 1 gives fractions, 1e4 counts per ten thousand, cell expected "
+            "counts.",
+        ),
+    ] = "1",
+    n_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Average over draws of the posterior. [default: its mean is decoded]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same draws.")] = 0,
+    unknown_batch: Unknown = UnknownBatch.error,
+    missing_genes: Missing = MissingGenes.error,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the expression that a saved model sees behind the counts to a layer.
+
+    The output is the input with .layers["denoised"], which is NaN for genes that are not modelled or not wanted.
+
+    For example:
+
+      scvae denoise cells.h5ad --model model --library-size 1e4 --output denoised.h5ad
+
+      scvae denoise cells.h5ad --model model --batch batch_1 --genes CD3E --genes CD19 --output denoised.h5ad
+    """
+    files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    size = _library_size(library_size)
+    fitted = scvae.load(model, device=device)
+    adata = formats.read(input)
+    if layer_added in adata.layers:
+        raise ValueError(f"--layer-added {layer_added}: {input} has such a layer; name another")
+    fitted.denoise(
+        adata,
+        batch=_one_or_all(batch),
+        genes=genes or None,
+        library_size=size,
+        n_samples=n_samples,
+        layer_added=layer_added,
+        seed=seed,
+        unknown_batch=unknown_batch.value,
+        missing_genes=missing_genes.value,
+    )
+    formats.write(adata, output)
+    _say(f'expression: .layers["{layer_added}"] in {output}', quiet)
+
+
+@app.command(cls=_Command)
+def generate(
+    model: Model,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many cells.")],
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData: .h5ad or .zarr.")],
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Of which batch. [default: drawn for each cell, all equally likely]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same cells.")] = 0,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw new cells from the prior of a saved model.
+
+    For example:
+
+      scvae generate --model model --n 1000 --output generated.h5ad
+    """
+    files.check_output(output, "--output", inputs=[model], suffixes=_OUTPUT, overwrite=overwrite)
+    formats.write(scvae.load(model, device=device).generate(n, batch=batch, seed=seed), output)
+    _say(f"cells: {n} in {output}", quiet)
+
+
+@app.command(cls=_Command)
 def cluster(
-    input: Annotated[Path, typer.Argument(metavar="IN.h5ad", help="AnnData file with an embedding in .obsm.")],
+    input: Annotated[Path, typer.Argument(metavar="IN.h5ad", help="File with an embedding in .obsm: .h5ad or .zarr.")],
     n_clusters: Annotated[int, typer.Option(min=1, help="Number of clusters.")],
-    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its clusters.")],
+    output: Annotated[Path, typer.Option(help="Where to write the AnnData with its clusters: .h5ad or .zarr.")],
     use_rep: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
     method: Annotated[
         Method, typer.Option(help="A Gaussian mixture, which gives probabilities too, or k-means.")
@@ -325,8 +459,10 @@ def cluster(
         float, typer.Option(min=0, help="Change at which a run stops: nats per cell, or part of the loss of k-means.")
     ] = 1e-4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same clusters.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
+    device: Device = "auto",
     key_added: Annotated[str, typer.Option(help="Key of the clusters in .obs.")] = "cluster",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Cluster cells in an embedding, by a Gaussian mixture or by k-means.
 
@@ -339,10 +475,10 @@ def cluster(
 
       scvae cluster pca.h5ad --n-clusters 8 --use-rep X_pca --method kmeans --output clusters.h5ad
     """
+    files.check_output(output, "--output", inputs=[input], suffixes=_OUTPUT, overwrite=overwrite)
     from scvae import tl
 
-    _check_folder(output, "--output")
-    adata = _read(input)
+    adata = formats.read(input)
     tl.cluster(
         adata,
         n_clusters,
@@ -356,11 +492,11 @@ def cluster(
         device=device,
         key_added=key_added,
     )
-    adata.write_h5ad(output)
-    typer.echo(f'clusters: .obs["{key_added}"] in {output}')
+    formats.write(adata, output)
+    _say(f'clusters: .obs["{key_added}"] in {output}', quiet)
 
 
-@app.command()
+@app.command(cls=_Command)
 def compare(
     input: Input,
     configurations: Annotated[
@@ -368,7 +504,7 @@ def compare(
     ],
     output: Annotated[Path | None, typer.Option(help="Where to write the table (.csv).")] = None,
     figure: Annotated[Path | None, typer.Option(help="Where to draw the differences (.png, .pdf, .svg).")] = None,
-    batch_key: Annotated[str | None, typer.Option(help="Column of .obs with the batch of each cell.")] = None,
+    batch_key: Batch = None,
     layer: Layer = None,
     test_fraction: Annotated[float, typer.Option(help="Fraction of the cells to test, drawn from all batches.")] = 0.1,
     split_key: Annotated[
@@ -380,7 +516,9 @@ def compare(
         typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")] = "auto",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit several models to the same cells, and rank them by the likelihood of the same other cells.
 
@@ -397,15 +535,17 @@ def compare(
 
       scvae compare cells.h5ad configurations.json --figure compare.png
     """
+    for path, name, suffixes in ((output, "--output", (".csv",)), (figure, "--figure", _FIGURE)):
+        if path is not None:
+            others = [input, configurations]
+            files.check_output(path, name, inputs=others, suffixes=suffixes, overwrite=overwrite)
     from scvae import comparing, pl
     from scvae.pl.axes import pyplot
 
-    _check_folder(output, "--output")
-    _check_folder(figure, "--figure")
     if figure is not None:
         pyplot()  # better to say that it is missing before the fits
     given = _read_json(configurations)
-    adata = _read(input)
+    adata = formats.read(input)
     try:
         table = comparing.compare(
             adata,
@@ -414,52 +554,113 @@ def compare(
             split_key=split_key,
             n_samples=n_samples,
             seed=seed,
+            progress=not quiet,
             layer=layer,
-            batch_key=batch_key,
+            batch_key=_one_or_all(batch_key),
             max_epochs=max_epochs,
             device=device,
         )
     except TypeError as error:  # an option that is not known
+        if not _is_refusal(error):
+            raise
         raise ValueError(f"{configurations}: {error}") from error
-    typer.echo(table.round(2).to_string())
     if output is not None:
-        table.to_csv(output)
-        typer.echo(f"table: {output}")
+        files.write_file(output, table.to_csv)
     if figure is not None:
-        pl.compare(table).figure.savefig(figure, dpi=150, bbox_inches="tight")
-        typer.echo(f"figure: {figure}")
+        drawn = pl.compare(table).figure
+        files.write_file(figure, lambda path: drawn.savefig(path, dpi=150, bbox_inches="tight"))
+    _say(table.round(2).to_string(), quiet and not (output is None and figure is None))
+    for path, name in ((output, "table"), (figure, "figure")):
+        if path is not None:
+            _say(f"{name}: {path}", quiet)
+    if interrupted := [str(name) for name, why in table["stopped"].items() if why == "interrupted"]:
+        typer.echo(f"scvae: the training of {', '.join(interrupted)} was interrupted", err=True)
+        raise typer.Exit(130)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("scvae_demo"),
+    overwrite: Overwrite = False,
 ) -> None:
     """Fit 700 real blood cells and show how well it went, offline, in a minute or two."""
+    for name in ("pbmc68k.h5ad", "umap.png"):
+        if output_dir.is_dir():
+            files.check_output(output_dir / name, "demo:", suffixes=(Path(name).suffix,), overwrite=overwrite)
     from scvae.demo import demo
 
     demo(output_dir)
 
 
-def _option(text: str) -> tuple[str, Any]:
-    """Read ``name=value``; the value is a number, true, false or null as in JSON, or else a word."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise typer.BadParameter(f"--option {text!r} is not of the form NAME=VALUE")
+def _options(program: str, texts: Sequence[str], named: dict[str, Any]) -> dict[str, Any]:
+    """Read ``name=value`` options, each a number, true, false or null as in JSON, or else a word; refuse wrong ones."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"--option {text!r} is not of the form NAME=VALUE")
+        if name in options or name in named:
+            raise ValueError(f"--option {text}: {name} is given twice")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    if options:
+        _check_options(program, options)
+    return options
+
+
+def _check_options(program: str, options: dict[str, Any]) -> None:
+    """Refuse options that there are not, and values out of their range, before anything is read."""
+    import inspect
+
+    from scvae.fitting import fit, program_of, split_options
+    from scvae.inference.svi import Training
+
+    kind, _ = program_of(program)
+    of_fit = inspect.signature(fit).parameters
+    there_are = f"Options of {program}: {', '.join(name for name in kind.option_names() or () if name not in of_fit)}"
+    there_are += f"; of the training: {', '.join(name for name in Training.names() if name not in of_fit)}"
+    for name, value in options.items():
+        text = f"--option {name}={value if isinstance(value, str) else json.dumps(value)}"
+        if name in of_fit:
+            raise ValueError(f"{text}: it is no option of the program; see scvae fit --help for it. {there_are}")
+        try:
+            split_options(kind, {name: value})
+        except TypeError as error:
+            raise ValueError(f"{text}: {str(error).partition('. ')[0]}. {there_are}") from error
+        except ValueError as error:
+            raise ValueError(f"{text}: {error} {there_are}") from error
+
+
+def _one_or_all(values: list[str] | None) -> Any:
+    """Return a single value by itself, several as a list, and None of none."""
+    values = list(dict.fromkeys(values or ()))
+    return values if len(values) > 1 else values[0] if values else None
+
+
+def _library_size(text: str) -> float | str:
+    if text == "cell":
+        return text
     try:
-        return name, json.loads(value)
+        size = float(text)
     except ValueError:
-        return name, value
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise ValueError(f"--library-size {text}: it is a number above 0, or cell")
+    return size
 
 
-def _read(path: Path) -> AnnData:
-    import anndata
+def _interruption(fitted: Any) -> str | None:
+    """Say where the training of a model was interrupted, if it was."""
+    if fitted.stopped != "interrupted":
+        return None
+    return f"at step {fitted.course.n_steps:,} of {fitted.course.n_planned:,}"
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    try:
-        return anndata.read_h5ad(path)
-    except OSError as error:
-        raise ValueError(f"{path} is not an .h5ad file, or is damaged: {error}") from error
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(text)
 
 
 def _read_json(path: Path) -> Any:
@@ -471,18 +672,25 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _check_folder(path: Path | None, option: str) -> None:
-    """Refuse, before the work is done, a result that could not be written after it."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{option} {path}: the folder {path.absolute().parent} does not exist; make it first")
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"scvae: warning: {message}", file=sys.stderr)
+    with progress.quiet(False):  # which is of what need not be known
+        progress.say(f"scvae: warning: {message}")
+
+
+def _is_refusal(error: TypeError) -> bool:
+    """Tell whether a TypeError was raised by a check of arguments in this package, and not by a defect anywhere."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not trace.tb_frame.f_globals.get("__name__", "").startswith("scvae."):
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def main() -> None:
-    """Run the command line. Exit code 1 is for bad input, 2 for wrong usage.
+    """Run the command line.
+
+    Exit code 1 is for bad input, 2 for wrong usage, 130 for an interruption (Ctrl-C).
 
     Raises
     ------
@@ -493,7 +701,9 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             app(prog_name="scvae")
-    except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, TypeError) and not _is_refusal(error):
+            raise
         # str(KeyError) is the repr of its message, which would show quotes and escapes
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         sys.exit(f"scvae: {' '.join(str(message).split())}")

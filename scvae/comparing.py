@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from tqdm.auto import tqdm
 
 from scvae.boundary.containers import check_anndata
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.data.cells import Key, Schema
 from scvae.data.reading import categories_of, column_of, matrix_of, read_schema, rows_of, some, where_of
 from scvae.fitting import fit, program_of, split_options
+from scvae.inference.progress import Progress
 
 __all__ = ["compare"]
 
@@ -132,7 +132,7 @@ def compare(
 
     train, test = (_needed(adata, cells, schemas, arguments) for cells in (~is_test, is_test))
     log_likelihoods, rows = {}, {}
-    bar = tqdm(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit", dynamic_ncols=True)
+    bar = Progress(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit")
     for name, options in bar:
         bar.set_postfix_str(str(name))
         with _naming(name):

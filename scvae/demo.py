@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from scvae.boundary import files
 from scvae.datasets import pbmc68k
 from scvae.fitting import fit
 
@@ -66,6 +67,8 @@ def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None
 
     print(f"Fitting {train.n_obs} cells x {train.n_vars} genes; {test.n_obs} cells are held out.")
     fitted = fit(train, max_epochs=max_epochs, seed=seed)
+    if fitted.history["stopped"][0] == "interrupted":
+        raise KeyboardInterrupt  # a demonstration of half a fit shows nothing
     figures = {
         "elbo": float(np.mean(fitted.elbo(test))),
         "log_likelihood": float(np.mean(fitted.log_likelihood(test, n_samples=256))),
@@ -84,10 +87,10 @@ def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None
         figures[f"{name}_nmi"] = float(normalized_mutual_info_score(adata.obs["cell_type"], adata.obs[name]))
 
     file, picture = output_dir / "pbmc68k.h5ad", output_dir / "umap.png"
-    adata.write_h5ad(file)
+    files.write_file(file, adata.write_h5ad)
     with matplotlib.rc_context({"figure.figsize": (5, 4)}):
         figure = sc.pl.umap(adata, color=["cell_type", "leiden"], wspace=0.6, show=False, return_fig=True)
-    figure.savefig(picture, dpi=150, bbox_inches="tight")
+    files.write_file(picture, lambda path: figure.savefig(path, dpi=150, bbox_inches="tight"))
 
     n_clusters = adata.obs["leiden"].nunique()
     print()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from safetensors.torch import save as save_tensors
 from scipy import sparse
 from torch import Tensor
 
+from scvae.boundary import files
 from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
@@ -38,8 +36,6 @@ from scvae.programs import PROGRAMS, Program
 
 __all__ = ["Fitted", "check_writable", "load"]
 
-_FORMAT = 1
-_FILES = ("model.json", "weights.safetensors")
 _CHUNK = 1024  # cells at a time, by default
 
 
@@ -487,18 +483,24 @@ class Fitted:
         return self._each(cells, lambda batch: estimate(self.program, batch, n_samples), seed, batch_size)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Save the model to a folder, as ``weights.safetensors`` and ``model.json``; see :func:`scvae.load`.
+        """Save the model to a folder, as ``model.json`` and a file of weights; see :func:`scvae.load`.
+
+        At every instant the folder holds the model that was there or this one, whatever happens meanwhile.
+
+        Parameters
+        ----------
+        path
+            The folder. Of a symbolic link, the folder that it leads to.
+        overwrite
+            Whether a model that is there may be replaced.
 
         Raises
         ------
         FileExistsError
             If `path` exists, unless `overwrite` is set and it is a saved model or an empty folder.
+        OSError
+            If it cannot be written. What was there is as it was.
         """
-        path = Path(path).resolve()
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists: pass overwrite=True to replace it.")
-        if path.is_file() or (path.exists() and not {file.name for file in path.iterdir()} <= set(_FILES)):
-            raise FileExistsError(f"{path} holds other things than a saved model: save to another folder.")
         weights = save_tensors({k: v.contiguous().cpu() for k, v in self.program.state_dict().items()})
         content = {
             "version": version("scvae-pyro"),
@@ -510,16 +512,7 @@ class Fitted:
             "key_added": self.key_added,
         }
         content = json.loads(json.dumps(content, default=np.generic.item))
-        header = {"format": _FORMAT, "sha256": {"weights": _digest(weights), "content": _digest(_canonical(content))}}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # complete or not at all
-            new = Path(folder) / path.name
-            new.mkdir()
-            (new / "model.json").write_text(json.dumps({**header, "content": content}, indent=1))
-            (new / "weights.safetensors").write_bytes(weights)
-            if path.exists():
-                shutil.move(path, Path(folder) / "old")
-            shutil.move(new, path)
+        files.write_model(path, content, weights, overwrite=overwrite)
 
     def _cells(self, adata: AnnData, **how: str) -> Cells:
         with alone(0, self.device):
@@ -665,21 +658,7 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
         If the files were cut off or edited, are of another format, or hold another program.
     """
     where = device_of(device)
-    path = Path(path)
-    for name in _FILES:
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.")
-    weights = (path / "weights.safetensors").read_bytes()
-    try:
-        file = json.loads((path / "model.json").read_text())
-        form = file["format"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path / 'model.json'} is damaged: it is not the JSON that scvae writes.") from None
-    if form != _FORMAT:
-        raise ValueError(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}: update scvae.")
-    content = file.get("content")
-    if file.get("sha256") != {"weights": _digest(weights), "content": _digest(_canonical(content))}:
-        raise ValueError(f"{path} is damaged: its contents are not those that were saved. Save the model anew.")
+    content, weights = files.read_model(path)
     kind = program or PROGRAMS.get(content["program"])
     if kind is None or kind.name != content["program"]:
         raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
@@ -742,11 +721,3 @@ def _own(adata: AnnData) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImplicitModificationWarning)
         yield
-
-
-def _canonical(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True).encode()
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -1,10 +1,15 @@
 """The command line gives what the functions give, refuses before it works, and explains itself."""
 
+import io
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -110,6 +115,8 @@ def test_every_option_reaches_the_function(run, monkeypatch):
     passed = {}
 
     class Model:
+        stopped = "finished"
+
         def save(self, path, **how):
             passed.update(path=path, **how)
 
@@ -120,12 +127,12 @@ def test_every_option_reaches_the_function(run, monkeypatch):
         "fit", DATA, "--model", "model", "--layer", "counts",
         "--categorical-covariate-key", "donor", "--categorical-covariate-key", "sex",
         "--continuous-covariate-key", "age", "--size-factor-key", "size", "--mask-var", "chosen",
-        "--no-check-counts", "--overwrite", "--program", "vq", "--use-rep", "panel", "--posterior", "iaf",
+        "--no-check-counts", "--overwrite", "--program", "vq_gaussian", "--use-rep", "panel", "--posterior", "iaf",
         "--prior", "vamp", "--likelihood", "nb", "--dispersion", "gene-batch", "--option", "n_hidden=64",
         "--option", "encode_covariates=false", "--option", "noise=gene", "--option", "noise_scale=null",
     )  # fmt: skip
     assert (code, err) == (0, "")
-    assert (passed["program"], passed["use_rep"]) == ("vq", "panel")
+    assert (passed["program"], passed["use_rep"]) == ("vq_gaussian", "panel")
     assert (passed["posterior"], passed["prior"]) == ("iaf", "vamp")
     assert (passed["likelihood"], passed["dispersion"]) == ("nb", "gene-batch")
     assert (passed["n_hidden"], passed["encode_covariates"]) == (64, False)
@@ -272,3 +279,385 @@ def test_without_typer_it_says_how_to_install_it():
     done = in_a_fresh_process("-c", "import sys; sys.modules['typer'] = None; import scvae.__main__")
     assert done.returncode == 1
     assert done.stderr == 'scvae: the command line needs typer: pip install "scvae-pyro[cli]"\n'
+
+
+# ---- What is refused before the work -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """A copy of the data, under several names, and what it holds."""
+    path = tmp_path / "a.h5ad"
+    path.write_bytes(DATA.read_bytes())
+    (tmp_path / "soft.h5ad").symlink_to("a.h5ad")
+    os.link(path, tmp_path / "hard.h5ad")
+    (tmp_path / "sub").mkdir()
+    return path
+
+
+@pytest.fixture
+def no_work(monkeypatch, no_fit):
+    """To read a file or a model is a failure."""
+    for module, name in ((command_line.formats, "read"), (scvae, "load")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it worked before it refused"), raising=False)
+
+
+def commands(model="model"):
+    """Yield the start of each command that writes an AnnData, but for its output."""
+    yield ("fit", "a.h5ad")
+    yield ("embed", "a.h5ad", "--model", model)
+    yield ("denoise", "a.h5ad", "--model", model)
+    yield ("generate", "--model", model, "--n", 3)
+    yield ("cluster", "a.h5ad", "--n-clusters", 2)
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "sub/../a.h5ad", "soft.h5ad", "hard.h5ad"])
+def test_an_output_that_is_the_input_is_refused(run, cells, no_work, name):
+    for command in commands():
+        if command[0] == "generate":
+            continue
+        code, out, err = run(*command, "--output", name, "--overwrite")
+        assert (code, out) == (1, "")
+        assert err == f"scvae: --output {name} is the same as a.h5ad, which it would change: name another file\n"
+    assert cells.read_bytes() == DATA.read_bytes()
+
+
+def test_a_model_that_is_the_input_or_holds_it_is_refused(run, cells, no_work):
+    for arguments, how in (
+        (("a.h5ad", "--model", "a.h5ad"), "is the same as"),
+        (("a.h5ad", "--model", "."), "holds"),
+        (("sub/../a.h5ad", "--model", "../" + cells.parent.name), "holds"),
+        (("a.h5ad", "--model", "out.h5ad", "--output", "out.h5ad"), "is the same as"),
+    ):
+        code, _, err = run("fit", *arguments, "--overwrite")
+        assert (code, how in err, err.count("\n")) == (1, True, 1), err
+    assert cells.read_bytes() == DATA.read_bytes()
+
+
+def test_an_output_in_a_model_or_in_an_input_is_refused(run, cells, no_work, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "b.zarr").mkdir()
+    for command in commands():
+        if "--model" in command:
+            code, _, err = run(*command, "--output", "model/out.h5ad")
+            assert (code, "lies in model" in err) == (1, True), err
+    for output in ("--output", "--model"):
+        code, _, err = run("fit", "b.zarr", output, "b.zarr/out.h5ad")
+        assert (code, "lies in b.zarr" in err) == (1, True), err
+
+
+def test_an_output_of_another_kind_is_refused(run, cells, no_work):
+    for command in commands():
+        code, _, err = run(*command, "--output", "x.txt")
+        assert (code, err.count("\n")) == (1, 1)
+        assert "name it x.h5ad" in err
+    for option, name in (("--output", "t.txt"), ("--figure", "f.xyz"), ("--output", "t.h5ad")):
+        code, _, err = run("compare", "a.h5ad", "c.json", option, name)
+        assert (code, "name it" in err) == (1, True), err
+
+
+def test_an_output_that_is_there_is_refused_unless_told(run, cells, no_work, tmp_path):
+    for name in ("out.h5ad", "t.csv", "f.png"):
+        (tmp_path / name).write_text("mine")
+    told = "exists: name another file, or add --overwrite\n"
+    for command in commands():
+        assert run(*command, "--output", "out.h5ad") == (1, "", f"scvae: --output out.h5ad {told}")
+    assert run("compare", "a.h5ad", "c.json", "--output", "t.csv") == (1, "", f"scvae: --output t.csv {told}")
+    assert run("compare", "a.h5ad", "c.json", "--figure", "f.png") == (1, "", f"scvae: --figure f.png {told}")
+    for name in ("out.h5ad", "t.csv", "f.png"):
+        assert (tmp_path / name).read_text() == "mine"
+    folder = tmp_path / "scvae_demo"
+    folder.mkdir()
+    (folder / "umap.png").write_text("mine")
+    code, _, err = run("demo")
+    assert (code, "umap.png exists" in err) == (1, True)
+
+
+def test_a_folder_of_other_things_is_refused_for_a_model_before_training(run, cells, no_work, tmp_path):
+    (tmp_path / "sub" / "thesis.txt").write_text("mine")
+    code, _, err = run("fit", "a.h5ad", "--model", "sub", "--overwrite")
+    assert (code, "other things than a saved model (thesis.txt)" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("n_latents=3", "There is no option 'n_latents'"),
+        ("n_hidden=abc", "n_hidden is a whole number"),
+        ("n_hidden=", "n_hidden is a whole number"),
+        ("n_hidden=2.5", "n_hidden is a whole number"),
+        ("n_hidden=true", "n_hidden is a whole number"),
+        ("n_hidden=[1]", "n_hidden is a whole number"),
+        ("n_components=x", "n_components is a whole number of at least 1, or None"),
+        ("dropout_rate=NaN", "dropout_rate is a number"),
+        ("learning_rate=fast", "learning_rate is a number"),
+        ("encode_covariates=yes", "encode_covariates is True or False"),
+        ("prior=", "prior is one of 'normal'"),
+        ("batch_size=10", "it is no option of the program"),
+        ("batch_key=batch", "it is no option of the program"),
+        ("adata=3", "it is no option of the program"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_those_there_are(run, no_work, option, message):
+    code, out, err = run("fit", DATA, "--model", "m", "--option", option)
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"scvae: --option {option}: ")
+    assert message in err
+    assert "Options of zinb: n_hidden, n_layers, " in err
+    assert "of the training: learning_rate, " in err
+
+
+def test_an_option_that_is_given_twice_is_refused(run, no_work):
+    fit = ("fit", DATA, "--model", "m")
+    for options in (
+        ("--option", "n_hidden=3", "--option", "n_hidden=4"),
+        ("--prior", "vamp", "--option", "prior=vamp"),
+    ):
+        code, _, err = run(*fit, *options)
+        assert (code, "is given twice" in err) == (1, True)
+    for option in ("--layer", "--output", "--model", "--seed"):
+        code, _, err = run(*fit, *(2 * (option, "1")))
+        assert (code, f"{option} is given" in err) == (2, True)
+    assert run("--help", "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--prior", "flat"), ("--posterior", "iad"), ("--program", "scvi"), ("--device", "cuda:99"), ("--device", ""),
+        ("--batch-size", 1), ("--mask-var", ""), ("--layer", ""), ("--batch-key", ""), ("--use-rep", "X_umap"),
+        ("--kl-weight", "nan"), ("--option", "dropout_rate=7"), ("--option", "prior=3"), ("--seed", 1.5),
+        ("--size-factor-key", "batch"), ("--continuous-covariate-key", "batch"), ("--image-key", "x"), ("--what",),
+    ],
+)  # fmt: skip
+def test_no_wrong_argument_is_a_traceback(run, options):
+    code, _, err = run("fit", DATA, "--model", "m", "--max-epochs", 1, *options)
+    assert code in (0, 1, 2)  # and no exception, which the fixture would show
+    print(code, err, file=sys.stderr) if __import__("os").environ.get("SHOW") else None
+
+
+def test_a_type_error_of_a_check_is_one_line_and_that_of_a_defect_keeps_its_traceback(run, monkeypatch):
+    import scvae.comparing
+
+    monkeypatch.setattr(scvae, "fit", lambda *_, **__: scvae.comparing._arguments(3, {}))
+    code, _, err = run("fit", DATA, "--model", "m")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "configurations maps names to arguments" in err
+    for defect in (lambda *_, **__: None + 1, lambda *_, **__: scvae.datasets.simulated_batches("a", wrong=3)):
+        monkeypatch.setattr(scvae, "fit", defect)
+        with pytest.raises(TypeError, match="unsupported operand|unexpected keyword"):
+            run("fit", DATA, "--model", "m")
+
+
+# ---- What is written is whole ------------------------------------------------------------------------------
+
+
+def no_space(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.fixture
+def fitted_model(model, tmp_path):
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_outputs_are_as_they_were_when_the_writing_fails(run, cells, fitted_model, tmp_path, monkeypatch, adata):
+    adata.write_h5ad(cells)
+    before = cells.read_bytes()
+    (tmp_path / "c.json").write_text(json.dumps({"nb": {"likelihood": "nb", "n_hidden": 8}}))
+    names = {"out.h5ad", "t.csv", "f.png"}
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    everything = sorted(tmp_path.rglob("*"))
+    few = ("--max-epochs", 1, "--n-latent", 3)
+    for patched in ("replace", "fsync"):
+        monkeypatch.setattr(os, patched, no_space)
+        for command in [
+            ("fit", "a.h5ad", "--output", "out.h5ad", *few),
+            ("fit", "a.h5ad", "--model", "model", *few),
+            ("embed", "a.h5ad", "--model", "model", "--output", "out.h5ad"),
+            ("denoise", "a.h5ad", "--model", "model", "--output", "out.h5ad"),
+            ("generate", "--model", "model", "--n", 3, "--output", "out.h5ad"),
+            ("cluster", "a.h5ad", "--n-clusters", 2, "--use-rep", "latent", "--output", "out.h5ad"),
+            ("compare", "a.h5ad", "c.json", "--output", "t.csv", "--max-epochs", 1, "--n-samples", 1),
+            ("compare", "a.h5ad", "c.json", "--figure", "f.png", "--max-epochs", 1, "--n-samples", 1),
+        ]:
+            code, _, err = run(*command, "--overwrite")
+            assert code == 1, command
+            assert re.search(r"scvae: \S+ could not be written: No space left on device.", err), err
+            assert sorted(tmp_path.rglob("*")) == everything
+            assert all((tmp_path / name).read_text() == "mine" for name in names)
+            assert cells.read_bytes() == before
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    scvae.load(fitted_model)
+
+
+def test_overwrite_replaces_both(run, cells, fitted_model, tmp_path):
+    (tmp_path / "out.h5ad").write_text("old")
+    before = scvae.load(fitted_model).program.options
+    command = ("fit", "a.h5ad", "--output", "out.h5ad", "--model", "model", "--overwrite", "--max-epochs", 1)
+    code, _, err = run(*command)
+    assert code == 0, err
+    assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_scvae"].shape == (400, 20)
+    assert scvae.load(fitted_model).program.options != before
+
+
+# ---- denoise and generate ----------------------------------------------------------------------------------
+
+
+def test_denoise_writes_what_the_function_returns(run, cells, model, fitted_model, adata, tmp_path):
+    adata.write_h5ad(cells)
+    genes = list(adata.var_names[:2])
+    code, out, err = run(
+        "denoise", "a.h5ad", "--model", "model", "--output", "out.h5ad", "--layer-added", "clean",
+        "--batch", "batch_0", "--batch", "batch_1", "--genes", genes[0], "--genes", genes[1], "--library-size", "cell",
+        "--n-samples", 2, "--seed", 5, "--device", "cpu",
+    )  # fmt: skip
+    assert (code, out) == (0, 'expression: .layers["clean"] in out.h5ad\n'), err
+    expected = model.denoise(adata, batch=["batch_0", "batch_1"], genes=genes, library_size="cell", n_samples=2, seed=5)
+    written = anndata.read_h5ad("out.h5ad")
+    np.testing.assert_array_equal(written.layers["clean"][:, :2], expected)
+    assert np.isnan(written.layers["clean"][:, 2:]).all()
+    code, _, err = run("denoise", "out.h5ad", "--model", "model", "--output", "o2.h5ad", "--layer-added", "clean")
+    assert (code, "name another" in err) == (1, True)
+    for wrong in (("--library-size", "all"), ("--library-size", "-1"), ("--batch", "batch_9"), ("--genes", "XIST")):
+        code, _, err = run("denoise", "a.h5ad", "--model", "model", "--output", "o2.h5ad", *wrong)
+        assert (code, err.count("\n"), wrong[1] in err) == (1, 1, True), err
+    assert not (tmp_path / "o2.h5ad").exists()
+
+
+def test_generate_writes_what_the_function_returns(run, model, fitted_model):
+    generate = ("generate", "--model", "model", "--n", 30, "--batch", "batch_1", "--seed", 2, "--device", "cpu")
+    code, out, err = run(*generate, "--output", "g.h5ad")
+    assert (code, out) == (0, "cells: 30 in g.h5ad\n"), err
+    expected, written = model.generate(30, batch="batch_1", seed=2), anndata.read_h5ad("g.h5ad")
+    assert (written.X != expected.X).nnz == 0
+    assert set(written.obs["batch"]) == {"batch_1"}
+    assert run(*generate, "--output", "g.zarr")[0] == 0
+    assert (anndata.read_zarr("g.zarr").X != expected.X).nnz == 0
+    assert run("generate", "--model", "model", "--n", 0, "--output", "h.h5ad")[0] == 2
+
+
+# ---- Several batch keys, quiet, progress -------------------------------------------------------------------
+
+
+def test_several_batch_keys_are_passed_together(run, monkeypatch):
+    passed = []
+    monkeypatch.setattr(
+        scvae,
+        "fit",
+        lambda *_, batch_key, **__: (
+            passed.append(batch_key) or SimpleNamespace(save=lambda *_, **__: None, stopped="finished")
+        ),
+    )
+    keys = ("--batch-key", "batch")
+    for given in ((), keys, (*keys, "--batch-key", "cell_type"), (*keys, *keys)):
+        assert run("fit", DATA, "--model", "m", *given)[0] == 0
+    assert passed == [None, "batch", ["batch", "cell_type"], "batch"]
+
+
+def test_quiet_says_nothing_and_without_it_a_log_stays_short(run, fitted_model, adata, cells):
+    adata.write_h5ad(cells)
+    fit = ("fit", "a.h5ad", "--output", "o.h5ad", "--overwrite", "--max-epochs", 3, "--option", "n_hidden=8")
+    code, out, err = run(*fit)
+    assert (code, out) == (0, 'embedding: .obsm["X_scvae"] in o.h5ad\n')
+    assert re.fullmatch(r"scvae: step 3 of 3 \(100%\), elbo=\S+, \d s\n", err)
+    assert run(*fit, "--quiet") == (0, "", "")
+    assert run("embed", "a.h5ad", "--model", "model", "--output", "e.h5ad", "-q") == (0, "", "")
+    assert run("denoise", "a.h5ad", "--model", "model", "--output", "d.h5ad", "-q") == (0, "", "")
+    assert run("generate", "--model", "model", "--n", 3, "--output", "g.h5ad", "-q") == (0, "", "")
+    cluster = ("cluster", "a.h5ad", "--use-rep", "latent", "--n-clusters", 2, "--output", "c.h5ad", "-q")
+    assert run(*cluster) == (0, "", "")
+    Path("c.json").write_text(json.dumps({"nb": {"likelihood": "nb", "n_hidden": 8}}))
+    compare = ("compare", "a.h5ad", "c.json", "--max-epochs", 1, "--n-samples", 1, "-q")
+    assert run(*compare, "--output", "t.csv") == (0, "", "")
+    code, out, err = run(*compare)
+    assert (code, err, "log_likelihood" in out) == (0, "", True)  # the table is what was asked for
+
+
+# ---- Ctrl-C ------------------------------------------------------------------------------------------------
+
+
+def interrupted(arguments, cwd, when):
+    """Run the command line in a process of its own and send it Ctrl-C once `when` is written to stderr."""
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from scvae.inference import progress; progress._FRACTION = progress._SECONDS = 0\n"
+        "from scvae.__main__ import main; main()"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=cwd, text=True, env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    guard = threading.Timer(120, child.kill)
+    guard.start()
+    lines = io.StringIO()
+    for line in child.stderr:
+        lines.write(line)
+        if when in line:
+            child.send_signal(signal.SIGINT)
+            break
+    out, err = child.communicate()
+    guard.cancel()
+    return child.returncode, out, lines.getvalue() + err
+
+
+def test_ctrl_c_in_the_training_writes_what_was_fitted(tmp_path):
+    code, _, err = interrupted(
+        ("fit", DATA, "--output", "out.h5ad", "--model", "model", "--max-epochs", 100_000), tmp_path, "scvae: step 300 "
+    )
+    assert code == 130, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert re.fullmatch(r"scvae: training was interrupted .*; what was fitted until then is written", last), last
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert np.isfinite(written.obsm["X_scvae"]).all()
+    assert scvae.load(tmp_path / "model").stopped == "interrupted"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.h5ad"]
+
+
+def test_where_the_training_was_interrupted_is_said():
+    course = SimpleNamespace(n_steps=589, n_planned=3400)
+    assert command_line._interruption(SimpleNamespace(stopped="interrupted", course=course)) == "at step 589 of 3,400"
+    for stopped in ("finished", "early"):
+        assert command_line._interruption(SimpleNamespace(stopped=stopped, course=course)) is None
+
+
+@pytest.mark.parametrize("where", ["fit", "read", "write"])
+def test_ctrl_c_elsewhere_is_one_line_and_leaves_nothing(run, cells, monkeypatch, tmp_path, where):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    def half(self, path, **__):
+        Path(path).write_text("half")
+        raise KeyboardInterrupt
+
+    if where == "write":
+        monkeypatch.setattr(anndata.AnnData, "write_h5ad", half)
+    else:
+        monkeypatch.setattr(*{"fit": (scvae, "fit"), "read": (command_line.formats, "read")}[where], interrupt)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run("fit", "a.h5ad", "--output", "out.h5ad", "--max-epochs", 1, "--quiet")
+    assert (code, out, err) == (130, "", "\nscvae: interrupted; nothing is half-written\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_in_a_comparison_is_said(run, cells, monkeypatch, tmp_path):
+    import pandas as pd
+
+    import scvae.comparing
+
+    table = pd.DataFrame({"stopped": ["finished", "interrupted"]}, index=["a", "b"])
+    monkeypatch.setattr(scvae.comparing, "compare", lambda *_, **__: table)
+    (tmp_path / "c.json").write_text("{}")
+    code, _, err = run("compare", "a.h5ad", "c.json", "--output", "t.csv")
+    assert (code, err) == (130, "scvae: the training of b was interrupted\n")
+    assert (tmp_path / "t.csv").exists()
+
+
+def test_the_command_line_stays_light():
+    code = "import sys, scvae.__main__; print({'torch', 'anndata', 'pandas', 'scanpy'} & sys.modules.keys())"
+    assert in_a_fresh_process("-c", code).stdout == "set()\n"

@@ -13,12 +13,12 @@ from typing import Annotated, ClassVar
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.cells import Cells, n_minibatches
 from scvae.inference.evidence import elbo_terms
+from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
 from scvae.programs.program import Program
@@ -173,7 +173,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     best, best_state, waited = -math.inf, None, 0
     stopped = "finished"
 
-    bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
+    bar = Progress(total=n_steps, disable=not progress)
     program.train()
     with unchecked(), bar:
         try:

@@ -145,14 +145,14 @@ def _times_of_steps(
         program.initialise(cells)
         n_steps, times = -(-adata.n_obs // batch_size), []
 
-        class Clock(svi.tqdm):
+        class Clock(svi.Progress):
             def update(self, n: int = 1) -> None:
                 if (len(times) + 1) % n_steps == 0:
                     wait(device)
                 times.append(time.perf_counter())
                 watch(len(times))
 
-        svi.tqdm = Clock
+        svi.Progress = Clock
         svi.train(program, cells, svi.Training(max_epochs=n_epochs, batch_size=batch_size), progress=False)
         wait(device)
     return times
@@ -230,7 +230,7 @@ def quality(path: str, target: float, library: str = "observed") -> dict:
         programs.append(program)
         initialise(program, cells)
 
-    class Watch(svi.tqdm):
+    class Watch(svi.Progress):
         def update(self, n: int = 1) -> None:
             self.n += n
             if self.n % 10 == 0:
@@ -239,7 +239,7 @@ def quality(path: str, target: float, library: str = "observed") -> dict:
                 copies.append((now - start - pause[0], state))
                 pause[0] += time.perf_counter() - now
 
-    ZINB.initialise, svi.tqdm = remember, Watch
+    ZINB.initialise, svi.Progress = remember, Watch
     start = time.perf_counter()
     fitted = scvae.fit(train, batch_key=batch_key, library=library, progress=False)
     total = time.perf_counter() - start - pause[0]

@@ -230,7 +230,7 @@ def test_without_progress_nothing_is_printed(adata, fit, capfd):
     fit(adata, batch_key="batch", validation_fraction=0.1, progress=True)
     out, err = capfd.readouterr()
     assert out == ""
-    assert "6/6" in err
+    assert "step 6 of 6 (100%)" in err
     assert "elbo=-" in err
     assert "validation=-" in err
 

@@ -1,0 +1,441 @@
+"""Files that are whole or not there: written beside, flushed to the disk, and moved into place in one step.
+
+A result has a name only once it is complete. It is written under a temporary name in the same folder, flushed, and
+renamed, which a file system does as a whole; so whoever looks at the name, after a crash too, finds what was there
+before or what was to be there. Whatever is raised means that nothing changed, and no temporary file stays.
+
+A saved model is a folder with two files. The weights have a name that is made of their contents, and ``model.json``
+says which weights it belongs to: to replace ``model.json`` is to replace the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check_model", "check_output", "read_model", "write_file", "write_folder", "write_model"]
+
+_FORMAT = 2
+_DESCRIPTION = "model.json"
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_PART = re.compile(r"\.scvae-[0-9a-f]{16}\.part.*")  # of a process that was killed while it wrote
+_CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}  # file systems that know no flush of a folder
+
+
+def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a file as a whole: the file at the path is the old one until it is the new one.
+
+    Parameters
+    ----------
+    path
+        Where to write; of a symbolic link, the file that it leads to.
+    write
+        Writes the file to the path that it is given, which is another name in the same folder, of the same ending.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was there is as it was.
+    """
+    place = _place(path)
+    with _telling(path), _beside(place) as part:
+        write(part)
+        _flush(part)
+        if place.exists():
+            shutil.copymode(place, part)
+        os.replace(part, place)
+    _flush_folder_of(place)
+
+
+def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Write a folder as a whole, where there is none.
+
+    Parameters
+    ----------
+    path
+        Where to write.
+    write
+        Makes the folder, and writes to it, at the path that it is given, which is another name in the same folder.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, or something is there; what was there is as it was.
+    """
+    place = _place(path)
+    with _telling(path), _beside(place) as part:
+        write(part)
+        for folder, _, names in os.walk(part):
+            for name in names:
+                _flush(Path(folder, name))
+            _flush_folder(Path(folder))
+        if place.is_dir() and os.name == "nt":
+            place.rmdir()  # an empty one, which other systems replace
+        os.rename(part, place)
+    _flush_folder_of(place)
+
+
+def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *, overwrite: bool = False) -> None:
+    """Write the folder of a model as a whole: at every instant it holds the old model or the new one.
+
+    Parameters
+    ----------
+    path
+        The folder; of a symbolic link, the folder that it leads to. Folders above it are made.
+    content
+        What describes the model, for JSON.
+    weights
+        The contents of its file of weights.
+    overwrite
+        Whether a model that is there may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` exists, unless `overwrite` is set and it is a saved model or an empty folder.
+    OSError
+        If it cannot be written; what was there is as it was.
+    """
+    place = _place(path)
+    if os.path.lexists(place) and not overwrite:
+        raise FileExistsError(f"{path} exists: pass overwrite=True to replace it.")
+    check_model(path)
+    digest = _digest(weights)
+    name = f"weights-{digest[:16]}.safetensors"
+    header = {
+        "format": _FORMAT,
+        "weights": name,
+        "sha256": {"weights": digest, "content": _digest(_canonical(content))},
+    }
+    description = json.dumps({**header, "content": content}, indent=1).encode()
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        _write_bytes(folder / name, weights)
+        _write_bytes(folder / _DESCRIPTION, description)
+
+    with _telling(path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    if not place.exists():
+        write_folder(place, write)
+        return
+    with _telling(path), _alone(place):
+        try:
+            _replace_bytes(place / name, weights)
+            _flush_folder(place)
+            _replace_bytes(place / _DESCRIPTION, description)  # from here on the folder holds the new model
+        finally:
+            _sweep(place)
+    _flush_folder_of(place / name)
+
+
+def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
+    """Read the folder of a model.
+
+    Returns
+    -------
+    tuple of dict and bytes
+        What :func:`write_model` was given as `content` and as `weights`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder or a file in it is missing.
+    ValueError
+        If the files were cut off or edited, or are of another format.
+    """
+    path = Path(path)
+    before = None
+    while True:
+        if not (path / _DESCRIPTION).is_file():
+            raise FileNotFoundError(f"{path} holds no scvae model: {_DESCRIPTION} is missing.")
+        description = (path / _DESCRIPTION).read_bytes()
+        try:
+            file = json.loads(description.decode())
+            form = file["format"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ValueError(f"{path / _DESCRIPTION} is damaged: it is not the JSON that scvae writes.") from None
+        if form != _FORMAT:
+            raise ValueError(
+                f"{path} is in format {form}; this version of scvae reads format {_FORMAT}: read it with the version "
+                "that wrote it."
+            )
+        if (name := _weights_of(file)) is None:
+            raise _damaged(path)
+        try:
+            weights = (path / name).read_bytes()
+        except FileNotFoundError:
+            if description == before:
+                raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.") from None
+            before = description  # look again: another process may have replaced the model meanwhile
+            continue
+        break
+    content = file.get("content")
+    if file.get("sha256") != {"weights": _digest(weights), "content": _digest(_canonical(content))}:
+        raise _damaged(path)
+    return content, weights
+
+
+def check_model(path: str | Path) -> None:
+    """Refuse a path at which no model can be written, whatever may be overwritten.
+
+    Raises
+    ------
+    FileExistsError
+        If it is a file, or a folder that holds other things than a saved model.
+    OSError
+        If its folder cannot be written to, or it is a symbolic link that leads nowhere.
+    """
+    place = _place(path)
+    if place.exists() and not place.is_dir():
+        raise FileExistsError(f"{path} is a file, and holds other things than a saved model: save to a folder.")
+    if place.is_dir():
+        others = sorted(name for name in os.listdir(place) if not (_is_ours(name) or name.startswith(".")))
+        if others:
+            raise FileExistsError(
+                f"{path} holds other things than a saved model ({', '.join(others[:3])}"
+                f"{', …' if len(others) > 3 else ''}): save to another folder."
+            )
+    folder = place
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be made: {folder} is a file. Save to another folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: the folder {folder} cannot be written to: save to another one.")
+
+
+def check_output(
+    path: str | Path,
+    option: str,
+    *,
+    inputs: Sequence[str | Path] = (),
+    suffixes: Sequence[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Refuse, before the work is done, a result that could not or should not be written after it.
+
+    Parameters
+    ----------
+    path
+        Where the result is to go: a file, or with an empty `suffixes` the folder of a model.
+    option
+        What the messages call it, such as ``--output``.
+    inputs
+        What is read or written besides, which the result may not be, hold or lie in.
+    suffixes
+        The endings of a file that can be written.
+    overwrite
+        Whether a result that is there may be replaced.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder that it is to lie in does not exist.
+    ValueError
+        If it has another ending, or is, holds or lies in an input.
+    FileExistsError
+        If it exists and may not be replaced, or is a folder where a file is to be.
+    OSError
+        If its folder cannot be written to, or it is a symbolic link that leads nowhere.
+    """
+    path, what = Path(path), "file" if suffixes else "folder"
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{option} {path}: the folder {folder} does not exist; make it first")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{option} {path}: the ending says how it is written, and is {' or '.join(suffixes)}; name it "
+            f"{path.with_suffix(suffixes[0])}"
+        )
+    place = _place(path)
+    for source in map(Path, inputs):
+        lies = _relation(place, source)
+        if lies is not None:
+            raise ValueError(f"{option} {path} {lies} {source}, which it would change: name another {what}")
+    if os.path.lexists(place):
+        if suffixes and place.is_dir() and path.suffix.lower() != ".zarr":
+            raise FileExistsError(f"{option} {path} is a folder: name a file")
+        if not overwrite:
+            raise FileExistsError(f"{option} {path} exists: name another {what}, or add --overwrite")
+        if suffixes and path.suffix.lower() == ".zarr":
+            raise FileExistsError(
+                f"{option} {path} exists, and a folder cannot be replaced in one step: remove it first, or name another"
+            )
+    if not suffixes:
+        check_model(path)
+    elif not os.access(place.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{option} {path}: the folder {place.parent} cannot be written to; name another")
+
+
+def _place(path: str | Path) -> Path:
+    """Return where a path leads, links followed; a link that leads into no folder is refused."""
+    try:
+        place = Path(path).resolve()
+        place.exists()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise OSError(f"{path} cannot be followed: {_reason(error)}.") from error
+    if Path(path).is_symlink() and not place.parent.is_dir():
+        raise FileNotFoundError(f"{path} is a symbolic link to {place}, whose folder does not exist; make it first.")
+    return place
+
+
+def _relation(place: Path, source: Path) -> str | None:
+    """Say how a result lies to an input, if it would touch it."""
+    try:
+        other = source.resolve()
+    except (OSError, RuntimeError):
+        return None  # what cannot be found cannot be touched
+    with suppress(OSError):
+        if place.samefile(other):  # hard links too, and names that differ in case only
+            return "is the same as"
+    if place == other:
+        return "is the same as"
+    if other in place.parents:
+        return "lies in"
+    return "holds" if place in other.parents else None
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """Yield a name in the same folder; after the block nothing has it."""
+    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{place.suffix}"
+    try:
+        yield part
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _telling(path: str | Path) -> Iterator[None]:
+    """Say of what could not be written where it was to go, not its temporary name."""
+    try:
+        yield
+    except OSError as error:
+        if getattr(error, "_scvae_told", False):
+            raise
+        kind = type(error) if type(error).__module__ == "builtins" else OSError
+        told = kind(f"{path} could not be written: {_reason(error)}. What was there is as it was.")
+        told.errno = error.errno
+        told._scvae_told = True  # type: ignore[attr-defined]
+        raise told from error
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).rstrip(".")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes to the folder, where the system can tell."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(content)
+
+
+def _replace_bytes(path: Path, content: bytes) -> None:
+    with _beside(path) as part:
+        _write_bytes(part, content)
+        _flush(part)
+        os.replace(part, path)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Flush the names in a folder, which are not flushed with the files."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+    finally:
+        os.close(handle)
+
+
+def _flush_folder_of(place: Path) -> None:
+    """Flush the name of what is in place already: a failure is no reason to say that it is not."""
+    try:
+        _flush_folder(place.parent)
+    except OSError as error:
+        warnings.warn(
+            f"{place} is written, but its folder could not be flushed to the disk ({_reason(error)}): after a power "
+            "cut it may be what it was before.",
+            stacklevel=3,
+        )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a model folder does not need: other weights than those of the model, and what was never finished."""
+    try:
+        description: Any = json.loads((folder / _DESCRIPTION).read_bytes())
+        named = _weights_of(description) if description["format"] == _FORMAT else None
+    except FileNotFoundError:
+        named = ""  # there is no model
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        named = None
+    with suppress(OSError):  # then the next one will
+        for name in os.listdir(folder):
+            stale = named is not None and name != named and _WEIGHTS.fullmatch(name)
+            if stale or _PART.fullmatch(name):
+                (folder / name).unlink()
+
+
+def _is_ours(name: str) -> bool:
+    return name == _DESCRIPTION or bool(_WEIGHTS.fullmatch(name) or _PART.fullmatch(name))
+
+
+def _weights_of(description: Any) -> str | None:
+    """Return the name of the file of weights, if it is one that is written here."""
+    name = description.get("weights")
+    return name if isinstance(name, str) and _WEIGHTS.fullmatch(name) else None
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged: its contents are not those that were saved. Save the model anew.")
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

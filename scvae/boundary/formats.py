@@ -1,0 +1,183 @@
+"""The files that cells come in, read to an AnnData and written from one."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scvae.boundary import files
+
+if TYPE_CHECKING:
+    import h5py
+    from anndata import AnnData
+
+__all__ = ["WRITTEN", "read", "write"]
+
+WRITTEN = (".h5ad", ".zarr")
+_READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
+_BLOCK = 2**25  # numbers of a dense matrix that are read at a time
+_WAYS = {  # how a file that is not read becomes one that is
+    ".gz": "unpack it first: gunzip {path}",
+    ".zip": "unpack it first: unzip {path}",
+    ".mtx": "read its folder with scanpy.read_10x_mtx, and write it with adata.write_h5ad",
+    ".csv": "read it with scanpy.read_csv, and write it with adata.write_h5ad",
+    ".tsv": "read it with scanpy.read_text, and write it with adata.write_h5ad",
+    ".txt": "read it with scanpy.read_text, and write it with adata.write_h5ad",
+    ".xlsx": "read it with scanpy.read_excel, and write it with adata.write_h5ad",
+    ".rds": "convert it in R, say with anndataR: write_h5ad(readRDS(…), …)",
+    ".rdata": "convert it in R, say with anndataR: write_h5ad(…)",
+    ".h5seurat": 'convert it in R: SeuratDisk::Convert(…, dest = "h5ad")',
+}
+
+
+def read(path: str | Path) -> AnnData:
+    """Read cells by genes from a file of any kind that is known, by what is in it and not by its name alone.
+
+    Parameters
+    ----------
+    path
+        An ``.h5ad`` file; an ``.h5`` file of 10x Genomics, of which the gene expression is read and the names of the
+        genes are made unique, with the ids in ``.var["gene_ids"]``; a ``.zarr`` folder that anndata wrote; a ``.loom``
+        file.
+
+    Returns
+    -------
+    AnnData
+        In memory.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is damaged, or none of these.
+    ImportError
+        If a package that reads it is missing; the message says how to install it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}")
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if suffix == ".zarr" or any((path / name).is_file() for name in (".zgroup", "zarr.json")):
+            return _read_zarr(path)
+        is_10x = any(path.glob("matrix.mtx*"))
+        way = "read it with scanpy.read_10x_mtx, and write it with adata.write_h5ad" if is_10x else "name a file"
+        raise ValueError(f"{path} is a folder; {_READ}: {way}")
+    if suffix not in (".h5ad", ".h5", ".hdf5", ".loom"):
+        name = path.with_suffix("").suffix.lower() if suffix == ".gz" else suffix
+        way = _WAYS.get(name if name in (".mtx", ".csv", ".tsv", ".txt") else suffix, "convert it to one of these")
+        raise ValueError(f"{path} is of another kind; {_READ}: {way.format(path=path)}")
+    return _read_hdf5(path, "an .h5ad" if suffix == ".h5ad" else "a 10x .h5" if suffix != ".loom" else "a .loom")
+
+
+def write(adata: AnnData, path: str | Path) -> None:
+    """Write an AnnData as a whole, to an ``.h5ad`` file or to a ``.zarr`` folder where there is none.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was there is as it was.
+    ImportError
+        If zarr is missing.
+    """
+    if Path(path).suffix.lower() == ".zarr":
+        _zarr()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Writing zarr v2")  # either is read
+            files.write_folder(path, adata.write_zarr)
+    else:
+        files.write_file(path, adata.write_h5ad)
+
+
+def _read_hdf5(path: Path, kind: str) -> AnnData:
+    import anndata
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            if "matrix" in file and isinstance(file["matrix"], h5py.Dataset) and "col_attrs" in file:
+                return _read_loom(file)
+            is_10x = "matrix/barcodes" in file or any(f"{key}/barcodes" in file for key in file)
+            is_anndata = "X" in file or "obs" in file
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise _damaged(path, kind, error) from error
+    if is_anndata:
+        try:
+            return anndata.read_h5ad(path)
+        except OSError as error:
+            raise _damaged(path, "an .h5ad", error) from error
+    if not is_10x:
+        raise ValueError(f"{path} is not {kind} file: it is HDF5, but holds other things. {_READ}")
+    return _read_10x(path)
+
+
+def _read_10x(path: Path) -> AnnData:
+    import scanpy as sc
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Variable names are not unique")  # they are made so below
+        try:
+            adata = sc.read_10x_h5(path)
+        except Exception as error:
+            raise _damaged(path, "a 10x .h5", error) from error
+    if not adata.n_vars:
+        raise ValueError(f"{path} holds no gene expression, of which its 10x .h5 would be read")
+    adata.var_names_make_unique()
+    return adata
+
+
+def _read_zarr(path: Path) -> AnnData:
+    import anndata
+
+    _zarr()
+    try:
+        return anndata.read_zarr(path)
+    except Exception as error:
+        raise _damaged(path, "a .zarr", error) from error
+
+
+def _read_loom(file: h5py.File) -> AnnData:
+    """Read genes by cells, block by block: the matrix is dense on the disk (loompy's specification, version 3)."""
+    import pandas as pd
+    from anndata import AnnData
+    from scipy import sparse
+
+    def matrix(data: h5py.Dataset) -> sparse.csr_matrix:
+        height = max(1, _BLOCK // max(1, data.shape[1]))
+        blocks = [sparse.csr_matrix(data[start : start + height]) for start in range(0, data.shape[0], height)]
+        return sparse.vstack(blocks or [sparse.csr_matrix(data.shape)]).T.tocsr()
+
+    def attributes(group: h5py.Group, names: tuple[str, ...], n: int) -> tuple[pd.DataFrame, dict[str, Any]]:
+        columns: dict[str, Any] = {}
+        arrays: dict[str, Any] = {}
+        for key, data in group.items():
+            value = data.asstr()[...] if data.dtype.kind in "OS" else data[...]
+            (columns if value.ndim == 1 else arrays)[key] = value
+        name = next((key for key in names if key in columns), None)
+        index = columns.pop(name).astype(str) if name else pd.RangeIndex(n).astype(str)
+        return pd.DataFrame(columns, index=pd.Index(index)), arrays
+
+    n_genes, n_cells = file["matrix"].shape
+    obs, obsm = attributes(file["col_attrs"], ("CellID", "obs_names"), n_cells)
+    var, varm = attributes(file["row_attrs"], ("Gene", "var_names", "Accession"), n_genes)
+    layers = {key: matrix(data) for key, data in file.get("layers", {}).items() if key}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(Variable|Observation) names are not unique")
+        adata = AnnData(matrix(file["matrix"]), obs=obs, var=var, obsm=obsm, varm=varm, layers=layers)
+    adata.var_names_make_unique()
+    return adata
+
+
+def _zarr() -> None:
+    try:
+        import zarr  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("a .zarr folder needs zarr: pip install zarr") from error
+
+
+def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    what = "folder" if os.path.isdir(path) else "file"
+    return ValueError(f"{path} is not {kind} {what}, or is damaged: {error}")

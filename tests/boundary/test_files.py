@@ -1,0 +1,463 @@
+"""What is written is whole or not there, wherever the writing breaks off."""
+
+import builtins
+import errno
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import scvae
+from scvae.boundary import files
+
+WRITES = ("open", "write", "os.open", "fsync", "replace", "rename", "mkdir")
+REMOVES = ("unlink", "listdir", "rmdir")
+
+
+class Torn:
+    """A file of which the first write fails, or stops the process, half-way."""
+
+    def __init__(self, file, fault):
+        self.file, self.fault = file, fault
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        self.file.write(content[: len(content) // 2])
+        self.file.flush()
+        self.fault("write")
+        self.file.seek(0)
+        return self.file.write(content)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """``failing(fault, names)``: each call of these names first calls `fault` with its name."""
+
+    def failing(act, names=WRITES):
+        def fault(name):
+            if name in names:
+                act(name)
+
+        real_open, real_os_open = builtins.open, os.open
+
+        def opened(path, mode="r", *rest, **how):
+            if "x" not in mode and "w" not in mode:
+                return real_open(path, mode, *rest, **how)
+            fault("open")
+            return Torn(real_open(path, mode, *rest, **how), fault)
+
+        def os_opened(*arguments, **how):
+            fault("os.open")
+            return real_os_open(*arguments, **how)
+
+        def wrapped(name):
+            real = getattr(os, name)
+
+            def call(*arguments, **how):
+                fault(name)
+                return real(*arguments, **how)
+
+            return call
+
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(os, "open", os_opened)
+        for name in ("fsync", "replace", "rename", "mkdir", *REMOVES):
+            monkeypatch.setattr(os, name, wrapped(name))
+
+    yield failing
+    monkeypatch.undo()
+
+
+def nth(n, act, *, ever_after=False):
+    """Return a fault of the n-th call, counted from 1, and the list of the calls."""
+    calls = []
+
+    def fault(name):
+        calls.append(name)
+        if len(calls) == n or (ever_after and len(calls) > n):
+            act()
+
+    return fault, calls
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def numbers(path):
+    content, weights = files.read_model(path)
+    return content["n"], weights
+
+
+def model_of(n):
+    return {"n": n}, bytes([n]) * 1000
+
+
+def temporary(folder):
+    return [path for path in folder.rglob("*") if ".part" in path.name]
+
+
+SCENES = {
+    "fresh": lambda path: None,
+    "over a model": lambda path: files.write_model(path, *model_of(1)),
+    "over the same weights": lambda path: files.write_model(path, {"n": 1}, model_of(2)[1]),
+    "over an empty folder": lambda path: path.mkdir(),
+}
+
+
+def before_and_after(scene, path):
+    SCENES[scene](path)
+    if not (path / "model.json").exists():
+        return None
+    return numbers(path)
+
+
+def now(path):
+    try:
+        return numbers(path)
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.parametrize("act", [no_space, interrupted])
+@pytest.mark.parametrize("ever_after", [False, True], ids=["once", "for ever"])
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.filterwarnings("ignore:.*could not be flushed")
+def test_a_model_is_the_old_one_whichever_call_fails(tmp_path, failing, monkeypatch, scene, ever_after, act):
+    for n in range(1, 60):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        path = folder / "model"
+        old = before_and_after(scene, path)
+        fault, calls = nth(n, act, ever_after=ever_after)
+        failing(fault, [name for name in WRITES if not (ever_after and name == "os.open")])  # to remove takes that too
+        raised = None
+        try:
+            files.write_model(path, *model_of(2), overwrite=True)
+        except (OSError, KeyboardInterrupt) as error:
+            raised = error
+        finally:
+            monkeypatch.undo()
+        if raised is None:
+            assert now(path) == (2, model_of(2)[1])
+        elif act is no_space:
+            assert now(path) == old  # what raises has changed nothing
+            assert str(raised) == f"{path} could not be written: No space left on device. What was there is as it was."
+        else:
+            assert now(path) in (old, (2, model_of(2)[1]))
+        assert not temporary(folder)
+        if path.exists():
+            assert len(list(path.iterdir())) == (2 if now(path) else 0)
+        if len(calls) < n:
+            assert raised is None
+            break
+    else:
+        pytest.fail("the calls do not end")
+    assert n > 5
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_model_is_old_or_new_wherever_the_process_stops(tmp_path, failing, monkeypatch, scene):
+    for n in range(1, 60):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        path = folder / "model"
+        old = before_and_after(scene, path)
+        if (child := os.fork()) == 0:  # the file operations alone, then nothing: not even what is cleaned up
+            fault, _ = nth(n, lambda: os._exit(1))
+            failing(fault, WRITES + REMOVES)
+            files.write_model(path, *model_of(2), overwrite=True)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert now(path) in ([(2, model_of(2)[1])] if code == 0 else [old, (2, model_of(2)[1])])
+        files.write_model(path, *model_of(3), overwrite=True)  # what the process left is no hindrance, and goes
+        assert numbers(path) == (3, model_of(3)[1])
+        assert len(list(path.iterdir())) == 2
+        if code == 0:
+            break
+    else:
+        pytest.fail("the calls do not end")
+    assert n > 5
+
+
+LOOP = """
+import sys
+from scvae.boundary import files
+print("ready", flush=True)
+n = 2
+while True:
+    files.write_model(sys.argv[1], {"n": n}, bytes([n % 256]) * 100_000, overwrite=True)
+    n += 1
+"""
+
+
+def test_a_model_is_there_however_often_its_process_is_killed(tmp_path):
+    path = tmp_path / "model"
+    files.write_model(path, *model_of(1))
+    draw, seen = random.Random(0), set()
+    for _ in range(20):
+        child = subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        time.sleep(draw.uniform(0, 0.03))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        n, weights = numbers(path)
+        assert set(weights) == {n % 256}
+        seen.add(n)
+    assert len(seen) > 1
+    files.write_model(path, *model_of(1), overwrite=True)
+    assert len(list(path.iterdir())) == 2
+
+
+def test_a_model_that_is_replaced_while_it_is_read_is_read(tmp_path):
+    path = tmp_path / "model"
+    files.write_model(path, *model_of(1))
+    child = subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE)
+    try:
+        child.stdout.readline()
+        for _ in range(200):
+            n, weights = numbers(path)
+            assert set(weights) == {n % 256}
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_two_processes_that_save_to_one_folder_leave_a_model(tmp_path):
+    path = tmp_path / "model"
+    files.write_model(path, *model_of(1))
+    children = [subprocess.Popen([sys.executable, "-c", LOOP, path], stdout=subprocess.PIPE) for _ in range(3)]
+    for child in children:
+        child.stdout.readline()
+    time.sleep(0.5)
+    assert [child.poll() for child in children] == [None] * 3  # none of them failed
+    for child in children:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    n, weights = numbers(path)
+    assert set(weights) == {n % 256}
+
+
+def test_a_fitted_model_gives_its_numbers_when_its_replacement_failed(model, fit, adata, tmp_path, monkeypatch):
+    path = tmp_path / "model"
+    model.save(path)
+    expected = scvae.load(path).embed(adata)
+    other = fit(adata.copy(), seed=7, batch_key="batch")
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, lambda *_: no_space())
+            with pytest.raises(OSError, match=r"model could not be written: No space left"):
+                other.save(path, overwrite=True)
+        np.testing.assert_array_equal(scvae.load(path).embed(adata), expected)
+    other.save(path, overwrite=True)
+    np.testing.assert_array_equal(scvae.load(path).embed(adata), other.embed(adata))
+
+
+@pytest.mark.parametrize("name", ["../weights.safetensors", "/etc/passwd", "model.json", "", 3, None, ["weights"]])
+def test_a_model_reads_no_file_but_its_own(tmp_path, name):
+    path = tmp_path / "model"
+    files.write_model(path, *model_of(1))
+    file = json.loads((path / "model.json").read_text())
+    (path / "model.json").write_text(json.dumps({**file, "weights": name}))
+    with pytest.raises(ValueError, match="is damaged"):
+        files.read_model(path)
+
+
+# ---- Paths -------------------------------------------------------------------------------------------------
+
+
+def test_a_link_to_a_model_stays_a_link_and_its_target_is_replaced(tmp_path):
+    files.write_model(tmp_path / "model", *model_of(1))
+    (tmp_path / "latest").symlink_to("model")
+    files.write_model(tmp_path / "latest", *model_of(2), overwrite=True)
+    assert (tmp_path / "latest").is_symlink()
+    assert numbers(tmp_path / "model")[0] == 2
+
+
+def test_a_link_to_nothing_is_followed_or_named(tmp_path):
+    (tmp_path / "link").symlink_to("model")
+    files.write_model(tmp_path / "link", *model_of(1))
+    assert numbers(tmp_path / "model")[0] == 1
+    (tmp_path / "lost").symlink_to("nowhere/model")
+    with pytest.raises(FileNotFoundError, match=r"lost is a symbolic link to \S+model, whose folder does not exist"):
+        files.write_model(tmp_path / "lost", *model_of(1))
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="a cannot be followed|a exists"):
+        files.write_model(tmp_path / "a", *model_of(1))
+
+
+def test_a_file_is_named_and_left(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match="file exists: pass overwrite=True"):
+        files.write_model(tmp_path / "file", *model_of(1))
+    with pytest.raises(FileExistsError, match="file is a file, and holds other things than a saved model"):
+        files.write_model(tmp_path / "file", *model_of(1), overwrite=True)
+    with pytest.raises(OSError, match="model"):
+        files.write_model(tmp_path / "file" / "model", *model_of(1))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_of_other_things_is_named_with_them(tmp_path):
+    path = tmp_path / "model"
+    files.write_model(path, *model_of(1))
+    (path / ".DS_Store").write_text("")  # what a system leaves everywhere is no hindrance
+    files.write_model(path, *model_of(2), overwrite=True)
+    for i in range(4):
+        (path / f"notes_{i}.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"other things than a saved model \(notes_0.txt, .*, …\)"):
+        files.write_model(path, *model_of(3), overwrite=True)
+    assert numbers(path)[0] == 2
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests
+    with pytest.raises(PermissionError, match="cannot be written to: save to another"):
+        files.write_model(tmp_path / "model", *model_of(1))
+    with pytest.raises(PermissionError, match="--output .* cannot be written to; name another"):
+        files.check_output(tmp_path / "out.csv", "--output", suffixes=(".csv",))
+
+
+# ---- Single files, and folders -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [no_space, interrupted])
+def test_a_file_is_the_old_one_whichever_call_fails(tmp_path, failing, monkeypatch, act):
+    path = tmp_path / "table.csv"
+
+    def write(part):
+        assert part.parent == path.parent
+        assert part.suffix == path.suffix
+        with open(part, "wb") as file:
+            file.write(b"new and longer")
+
+    for n in range(1, 20):
+        path.write_bytes(b"old")
+        path.chmod(0o640)
+        fault, calls = nth(n, act)
+        failing(fault)
+        with pytest.warns(UserWarning, match="could not be flushed") if 6 <= n <= 7 and act is no_space else _nothing():
+            try:
+                files.write_file(path, write)
+                expected = b"new and longer"
+            except (OSError, KeyboardInterrupt):
+                expected = b"old" if act is no_space or n < 6 else b"new and longer"
+            finally:
+                monkeypatch.undo()
+        assert path.read_bytes() == expected
+        assert [p.name for p in tmp_path.iterdir()] == ["table.csv"]
+        if len(calls) < n:
+            break
+    assert calls == ["open", "write", "os.open", "fsync", "replace", "os.open", "fsync"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640  # as it was
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_failure_of_the_writer_is_its_own(tmp_path):
+    def write(part):
+        part.write_text("half")
+        raise TypeError("this cannot be written")
+
+    with pytest.raises(TypeError, match="this cannot be written"):
+        files.write_file(tmp_path / "table.csv", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path, failing, monkeypatch):
+    path = tmp_path / "cells.zarr"
+
+    def write(part):
+        (part / "inner").mkdir(parents=True)
+        (part / "inner" / "numbers").write_bytes(b"new")
+
+    for n in range(1, 30):
+        fault, _ = nth(n, no_space)
+        failing(fault)
+        try:
+            files.write_folder(path, write)
+        except OSError:
+            monkeypatch.undo()
+            assert not list(tmp_path.iterdir())
+        except BaseException:
+            monkeypatch.undo()
+            raise
+        else:
+            monkeypatch.undo()
+            assert (path / "inner" / "numbers").read_bytes() == b"new"
+            break
+    with pytest.raises(OSError, match="could not be written"):
+        files.write_folder(path, write)
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.zarr"]
+
+
+def test_an_output_is_no_input_by_whatever_name(tmp_path):
+    source = tmp_path / "a.h5ad"
+    source.write_text("cells")
+    (tmp_path / "soft.h5ad").symlink_to("a.h5ad")
+    os.link(source, tmp_path / "hard.h5ad")
+    (tmp_path / "sub").mkdir()
+
+    def check(path, inputs=(source,), **how):
+        files.check_output(path, "--output", inputs=inputs, suffixes=(".h5ad", ".zarr"), overwrite=True, **how)
+
+    for name in ("a.h5ad", "soft.h5ad", "hard.h5ad", "sub/../a.h5ad"):
+        with pytest.raises(ValueError, match=r"--output \S+ is the same as \S+, which it would change: name another"):
+            check(tmp_path / name)
+    with pytest.raises(ValueError, match="is the same as"):
+        check(source, inputs=[tmp_path / "hard.h5ad"])
+    store = tmp_path / "b.zarr"
+    store.mkdir()
+    with pytest.raises(ValueError, match="lies in"):
+        check(store / "out.h5ad", inputs=[store])
+    with pytest.raises(ValueError, match="holds"):
+        files.check_output(tmp_path, "--model", inputs=[source], overwrite=True)
+    check(tmp_path / "other.h5ad")
+
+
+def test_the_ending_of_an_output_is_checked(tmp_path):
+    for name in ("x.txt", "x", "x.h5ad.gz"):
+        with pytest.raises(ValueError, match=r"is .h5ad or .zarr; name it \S+\.h5ad"):
+            files.check_output(tmp_path / name, "--output", suffixes=(".h5ad", ".zarr"))
+    files.check_output(tmp_path / "X.H5AD", "--output", suffixes=(".h5ad", ".zarr"))
+
+
+def test_an_output_that_is_there_is_refused_unless_told(tmp_path):
+    def check(name, **how):
+        files.check_output(Path(tmp_path, name), "--output", suffixes=(".h5ad", ".zarr"), **how)
+
+    (tmp_path / "a.h5ad").write_text("old")
+    (tmp_path / "b.h5ad").mkdir()
+    (tmp_path / "c.zarr").mkdir()
+    with pytest.raises(FileExistsError, match="a.h5ad exists: name another file, or add --overwrite"):
+        check("a.h5ad")
+    check("a.h5ad", overwrite=True)
+    with pytest.raises(FileExistsError, match="is a folder: name a file"):
+        check("b.h5ad", overwrite=True)
+    with pytest.raises(FileExistsError, match="cannot be replaced in one step"):
+        check("c.zarr", overwrite=True)
