@@ -13,9 +13,12 @@ from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Options, seed_of
 from scvae.boundary.process import alone, device_of
+from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
 from scvae.fitted import Fitted, check_writable
+from scvae.inference.progress import say
 from scvae.inference.svi import NonFiniteLoss, Training, train
+from scvae.kernels.operations import loops_are_compiled
 from scvae.programs import PROGRAMS, Program
 
 __all__ = ["fit"]
@@ -159,6 +162,8 @@ def fit(
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)
         check_writable(adata, made, cells, key_added)
+        if progress:
+            _say_what_is_fitted(made, cells, adata, mask_var)
         try:
             course = train(made, cells, training, progress=progress)
         except NonFiniteLoss as error:
@@ -171,6 +176,22 @@ def fit(
     fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
     fitted._write(adata, cells)
     return fitted
+
+
+def _say_what_is_fitted(program: Program, cells: Cells, adata: AnnData, mask_var: str | None) -> None:
+    schema, n_genes = program.schema, f"{cells.n_genes:,}"
+    if schema.image_key is not None:
+        what = f"images of {' × '.join(map(str, schema.image_shape or ()))} pixels"
+    elif schema.use_rep is not None:
+        what = f"{n_genes} features of {schema.use_rep!r}"
+    elif cells.n_genes < adata.n_vars:
+        what = f"{n_genes} of {adata.n_vars:,} genes ({'highly_variable' if mask_var == 'auto' else mask_var})"
+    else:
+        what = f"{n_genes} genes"
+    batches = "" if schema.batch_key is None else f", {len(schema.batches):,} batches"
+    say(f"scvae: {program.name}, {len(cells):,} cells × {what}{batches}, on {cells.device}")
+    if schema.kind == "counts" and cells.device.type == "cpu" and not loops_are_compiled():
+        say("scvae: compiling, once after an installation, which takes some ten seconds")
 
 
 def program_of(program: str | type[Program] | Options) -> tuple[type[Program], dict[str, Any]]:
