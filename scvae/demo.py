@@ -67,15 +67,14 @@ def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None
 
     print(f"Fitting {train.n_obs} cells x {train.n_vars} genes; {test.n_obs} cells are held out.")
     fitted = fit(train, max_epochs=max_epochs, seed=seed)
-    if fitted.history["stopped"][0] == "interrupted":
+    if fitted.stopped == "interrupted":
         raise KeyboardInterrupt  # a demonstration of half a fit shows nothing
     figures = {
         "elbo": float(np.mean(fitted.elbo(test))),
         "log_likelihood": float(np.mean(fitted.log_likelihood(test, n_samples=256))),
     }
 
-    adata.obsm["X_scvae"] = fitted.embed(adata)
-    adata.uns["scvae"] = train.uns["scvae"]
+    fitted.transform(adata)
     sc.pp.neighbors(adata, use_rep="X_scvae", random_state=seed)
     sc.tl.leiden(adata, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     sc.tl.umap(adata, random_state=seed)
