@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from scvae.inference.devices import seeded
 from scvae.inference.evidence import elbo_terms, unchecked
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
+from scvae.kernels.workers import own_threads
 from scvae.programs.program import Program
 
 __all__ = ["NonFiniteLoss", "Training", "train"]
@@ -159,8 +161,9 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     stopped = "finished"
 
     bar = tqdm(total=n_steps, disable=not progress, desc="scvae", unit="step", dynamic_ncols=True)
+    threads = own_threads() if cells.device.type == "cpu" else nullcontext()
     program.train()
-    with unchecked(), bar:
+    with unchecked(), bar, threads:
         try:
             for part, n_nonzero in _forever(cells, training.batch_size, rows):
                 step(part, n_nonzero)
