@@ -184,7 +184,7 @@ def test_large_products_and_their_gradients_are_those_of_torch(shape, with_covar
     expected = [layer.main(x) + (covariates @ layer.covariates if with_covariates else 0) for layer in layers]
     theirs = torch.autograd.grad(sum((r * s).sum() for r, s in zip(expected, slopes, strict=True)), parameters)
     for a, b in zip((*results, *ours), (*expected, *theirs), strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.detach().abs().max()))
 
 
 @pytest.fixture(scope="module")
