@@ -6,7 +6,7 @@ import html
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +32,6 @@ from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
 from scvae.inference import evidence
 from scvae.inference.svi import Course, Training
-from scvae.kernels.workers import own_threads
 from scvae.programs import PROGRAMS, Program
 
 __all__ = ["Fitted", "check_writable", "load"]
@@ -525,8 +524,7 @@ class Fitted:
         """Ask something of all cells, so many at a time, in order."""
         seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
         result = np.empty(0)
-        threads = own_threads() if self.device.type == "cpu" else nullcontext()
-        with alone(seed, self.device), threads:
+        with alone(seed, self.device):
             for rows, batch in cells.minibatches(batch_size):
                 part = answer(batch).cpu().numpy()
                 if not len(result):
