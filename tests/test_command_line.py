@@ -430,8 +430,8 @@ def test_an_option_that_is_given_twice_is_refused(run, no_work):
 )  # fmt: skip
 def test_no_wrong_argument_is_a_traceback(run, options):
     code, _, err = run("fit", DATA, "--model", "m", "--max-epochs", 1, *options)
-    assert code in (0, 1, 2)  # and no exception, which the fixture would show
-    print(code, err, file=sys.stderr) if __import__("os").environ.get("SHOW") else None
+    assert code in (1, 2)  # and no exception, which the fixture would show
+    assert err.startswith("scvae: " if code == 1 else "Usage: ")
 
 
 def test_a_type_error_of_a_check_is_one_line_and_that_of_a_defect_keeps_its_traceback(run, monkeypatch):

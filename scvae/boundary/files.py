@@ -49,7 +49,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         If it cannot be written; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place) as part:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         _flush(part)
         if place.exists():
@@ -74,7 +74,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         If it cannot be written, or something is there; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place) as part:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         for folder, _, names in os.walk(part):
             for name in names:
@@ -308,9 +308,9 @@ def _relation(place: Path, source: Path) -> str | None:
 
 
 @contextmanager
-def _beside(place: Path) -> Iterator[Path]:
+def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a name in the same folder; after the block nothing has it."""
-    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{place.suffix}"
+    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
     try:
         yield part
     finally:

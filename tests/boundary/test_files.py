@@ -385,6 +385,13 @@ def test_a_file_is_the_old_one_whichever_call_fails(tmp_path, failing, monkeypat
     assert stat.S_IMODE(path.stat().st_mode) == 0o640  # as it was
 
 
+def test_a_link_to_a_file_of_another_ending_is_followed(tmp_path):
+    (tmp_path / "table.csv").symlink_to("store")
+    files.write_file(tmp_path / "table.csv", lambda part: part.write_text(part.suffix))
+    assert (tmp_path / "store").read_text() == ".csv"
+    assert (tmp_path / "table.csv").is_symlink()
+
+
 def _nothing():
     import contextlib
 
