@@ -540,9 +540,10 @@ def compare(
             others = [input, configurations]
             files.check_output(path, name, inputs=others, suffixes=suffixes, overwrite=overwrite)
     from scvae import comparing, pl
+    from scvae.pl.axes import pyplot
 
     if figure is not None:
-        pl._pyplot()  # better to say that it is missing before the fits
+        pyplot()  # better to say that it is missing before the fits
     given = _read_json(configurations)
     adata = formats.read(input)
     try:
@@ -610,44 +611,26 @@ def _options(program: str, texts: Sequence[str], named: dict[str, Any]) -> dict[
 
 
 def _check_options(program: str, options: dict[str, Any]) -> None:
-    """Refuse options that there are not, and values of another type, before anything is read."""
+    """Refuse options that there are not, and values out of their range, before anything is read."""
     import inspect
-    from dataclasses import fields
 
-    from scvae.fitting import _program, fit
+    from scvae.fitting import fit, program_of, split_options
     from scvae.inference.svi import Training
 
-    kind = _program(program)
+    kind, _ = program_of(program)
     of_fit = inspect.signature(fit).parameters
-    of_program = {
-        name: str(parameter.annotation)
-        for name, parameter in inspect.signature(kind).parameters.items()
-        if name != "schema" and name not in of_fit
-    }
-    of_training = {field.name: str(field.type) for field in fields(Training) if field.name not in of_fit}
-    there_are = f"Options of {program}: {', '.join(of_program)}; of the training: {', '.join(of_training)}"
-    types = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word", "None": "null"}
+    there_are = f"Options of {program}: {', '.join(name for name in kind.option_names() or () if name not in of_fit)}"
+    there_are += f"; of the training: {', '.join(name for name in Training.names() if name not in of_fit)}"
     for name, value in options.items():
         text = f"--option {name}={value if isinstance(value, str) else json.dumps(value)}"
         if name in of_fit:
             raise ValueError(f"{text}: it is no option of the program; see scvae fit --help for it. {there_are}")
-        if name not in of_program and name not in of_training:
-            raise ValueError(f"{text}: there is no such option. {there_are}")
-        allowed = (of_program.get(name) or of_training[name]).split(" | ")
-        if set(allowed) <= types.keys() and not any(_is_of(value, type) for type in allowed):
-            raise ValueError(f"{text}: {name} is {' or '.join(types[type] for type in allowed)}. {there_are}")
-
-
-def _is_of(value: Any, type: str) -> bool:
-    if type == "None":
-        return value is None
-    if type == "str":
-        return isinstance(value, str) and value != ""
-    if type == "bool" or isinstance(value, bool):
-        return type == "bool" and isinstance(value, bool)
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        return False
-    return type == "float" or float(value).is_integer()
+        try:
+            split_options(kind, {name: value})
+        except TypeError as error:
+            raise ValueError(f"{text}: {str(error).partition('. ')[0]}. {there_are}") from error
+        except ValueError as error:
+            raise ValueError(f"{text}: {error} {there_are}") from error
 
 
 def _one_or_all(values: list[str] | None) -> Any:
@@ -670,13 +653,9 @@ def _library_size(text: str) -> float | str:
 
 def _interruption(fitted: Any) -> str | None:
     """Say where the training of a model was interrupted, if it was."""
-    history = getattr(fitted, "history", {})
-    stopped = getattr(fitted, "stopped", None) or (history["stopped"][0] if "stopped" in history else None)
-    if stopped != "interrupted":
+    if fitted.stopped != "interrupted":
         return None
-    if (course := getattr(fitted, "course", None)) is not None:
-        return f"at step {course.n_steps:,} of {course.n_planned:,}"
-    return f"after step {list(history['step'])[-1]:,}" if len(history["step"]) else "near its start"
+    return f"at step {fitted.course.n_steps:,} of {fitted.course.n_planned:,}"
 
 
 def _say(text: str, quiet: bool) -> None:

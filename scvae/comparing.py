@@ -14,11 +14,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scvae.data.cells import Schema
-from scvae.data.reading import _column, read_schema, some
-from scvae.fitting import _check_options, _program, fit
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.options import Range, real, seed_of, whole
+from scvae.data.cells import Key, Schema
+from scvae.data.reading import categories_of, column_of, matrix_of, read_schema, rows_of, some, where_of
+from scvae.fitting import fit, program_of, split_options
 from scvae.inference.progress import Progress
-from scvae.inference.svi import Training
 
 __all__ = ["compare"]
 
@@ -119,26 +120,24 @@ def compare(
     >>> list(table.index)
     ['with spread', 'counts without spread']
     """
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
-    if n_samples < 1:
-        raise ValueError(f"n_samples is at least 1, not {n_samples}.")
+    check_anndata(adata)
+    n_samples, seed = whole("n_samples", n_samples), seed_of(seed)
     arguments = _arguments(configurations, {"seed": seed, "progress": False, **shared})
-    keys = _categorical_keys(adata, arguments)
+    schemas = _schemas(adata, arguments)
+    keys = list(dict.fromkeys(key for schema in schemas for key in schema.categories))
     if split_key is None:
         is_test = _drawn_split(adata, keys, test_fraction, seed)
     else:
         is_test = _given_split(adata, keys, split_key)
 
-    test = adata[is_test].to_memory()
+    train, test = (_needed(adata, cells, schemas, arguments) for cells in (~is_test, is_test))
     log_likelihoods, rows = {}, {}
     bar = Progress(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit")
     for name, options in bar:
         bar.set_postfix_str(str(name))
         with _naming(name):
-            train = adata[~is_test].to_memory()  # anew, because a fit writes to it
             start = perf_counter()
-            model = fit(train, **options)
+            model = fit(train.copy(), **options)
             seconds = perf_counter() - start
             log_likelihoods[name] = model.log_likelihood(test, n_samples=n_samples, seed=seed).astype(np.float64)
             rows[name] = {
@@ -146,7 +145,7 @@ def compare(
                 "train_elbo": model.elbo(train, seed=seed).mean(dtype=np.float64),
                 "seconds": seconds,
                 "n_parameters": sum(parameter.numel() for parameter in model.program.parameters()),
-                "stopped": model.history["stopped"][0],
+                "stopped": model.stopped,
                 "library": getattr(model.program, "library_kind", "unstated"),
             }
     return _ranked(pd.DataFrame(log_likelihoods), pd.DataFrame.from_dict(rows, orient="index"))
@@ -162,22 +161,21 @@ def _arguments(configurations: Any, shared: dict[str, Any]) -> dict[str, dict[st
     if not configurations:
         raise ValueError("There is no configuration to fit: give at least one, {'a name': {arguments of scvae.fit}}.")
     of_fit = inspect.signature(fit).parameters.keys() - {"adata"}
-    of_training = [field.name for field in fields(Training)]
     arguments = {}
     for name, configuration in configurations.items():
         with _naming(name):
             if not isinstance(configuration, Mapping):
                 raise TypeError(f"It maps arguments of scvae.fit to values; it is not {configuration!r}.")
             options = {"program": "zinb", **shared, **configuration}
-            options["program"] = _program(options["program"])
-            of_program = {k: v for k, v in options.items() if k not in {*of_fit, *of_training}}
-            _check_options(options["program"], {"n_latent": None, **of_program}, of_training)
+            options["program"], chosen = program_of(options["program"])
+            options = {**chosen, **options}
+            split_options(options["program"], {k: v for k, v in options.items() if k not in of_fit})
             arguments[name] = options
     return arguments
 
 
-def _categorical_keys(adata: AnnData, arguments: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the categorical covariates of all configurations, all of which model the same numbers."""
+def _schemas(adata: AnnData, arguments: dict[str, dict[str, Any]]) -> list[Schema]:
+    """Return how each configuration reads the cells; all of them model the same numbers."""
     of_schema = inspect.signature(read_schema).parameters.keys() - {"adata", "kind"}
     schemas = {}
     for name, options in arguments.items():
@@ -193,7 +191,26 @@ def _categorical_keys(adata: AnnData, arguments: dict[str, dict[str, Any]]) -> l
                 f"Configurations {first!r} and {name!r} model different data ({', '.join(what)}): their likelihoods "
                 "are not comparable. Let all read the same values (layer, use_rep) of the same genes (mask_var)."
             )
-    return list(dict.fromkeys(key for schema in schemas.values() for key in schema.categories))
+    return list(schemas.values())
+
+
+def _needed(adata: AnnData, cells: np.ndarray, schemas: list[Schema], arguments: dict[str, dict[str, Any]]) -> AnnData:
+    """Return a copy of some cells with what the models read, and with nothing else."""
+    (schema, *_), masks = schemas, {options.get("mask_var", "auto") for options in arguments.values()}
+    obs = adata.obs.loc[cells, list(dict.fromkeys(column for each in schemas for column in each.columns))].copy()
+    var = adata.var[[column for column in adata.var if column in masks or column == "highly_variable"]].copy()
+    needed = AnnData(obs=obs, var=var)
+    key = schema.use_rep or schema.image_key
+    if key is not None:
+        needed.obsm[key] = adata.obsm[key][cells].copy()
+        return needed
+    matrix, _ = matrix_of(adata, schema.layer)
+    rows = rows_of(matrix, cells)
+    if schema.layer is None:
+        needed.X = rows
+    else:
+        needed.layers[schema.layer] = rows
+    return needed
 
 
 def _without_covariates(schema: Schema) -> Schema:
@@ -201,16 +218,15 @@ def _without_covariates(schema: Schema) -> Schema:
     return replace(schema, batch_key=None, size_factor_key=None, categories={}, continuous={}, check_counts=True)
 
 
-def _drawn_split(adata: AnnData, keys: list[str], test_fraction: float, seed: int) -> np.ndarray:
+def _drawn_split(adata: AnnData, keys: list[Key], test_fraction: float, seed: int) -> np.ndarray:
     """Draw the test cells, ``[n_cells]`` of booleans, stratified by all keys together."""
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction is between 0 and 1, not {test_fraction}.")
+    test_fraction = real("test_fraction", test_fraction, Range(0, 1, open_least=True, open_most=True))
     order = np.random.default_rng(seed).permutation(adata.n_obs)
-    columns = adata.obs[keys].iloc[order].astype(str)
+    columns = pd.DataFrame({str(key): categories_of(adata, key)[order] for key in keys}, index=range(len(order)))
     is_only = np.zeros(adata.n_obs, dtype=bool)  # the cell by which a category stays in the training
-    for key in keys:
+    for key in columns:
         is_only |= ~columns[key].duplicated().to_numpy()
-    strata = columns.groupby(keys).ngroup().to_numpy() if keys else np.zeros(adata.n_obs)
+    strata = columns.groupby(list(columns)).ngroup().to_numpy() if keys else np.zeros(adata.n_obs)
     by_stratum = np.argsort(strata, kind="stable")
     free = order[by_stratum][~is_only[by_stratum]]
     n_test = round(test_fraction * adata.n_obs)
@@ -224,9 +240,9 @@ def _drawn_split(adata: AnnData, keys: list[str], test_fraction: float, seed: in
     return is_test
 
 
-def _given_split(adata: AnnData, keys: list[str], split_key: str) -> np.ndarray:
+def _given_split(adata: AnnData, keys: list[Key], split_key: str) -> np.ndarray:
     """Read the test cells off a column, ``[n_cells]`` of booleans."""
-    column = _column(adata, split_key).astype(str)
+    column = column_of(adata, split_key).astype(str)
     if wrong := sorted(set(column) - {"train", "test"}):
         raise ValueError(f"adata.obs[{split_key!r}] says 'train' or 'test' of each cell, not {some(wrong)}.")
     is_test = (column == "test").to_numpy()
@@ -236,10 +252,10 @@ def _given_split(adata: AnnData, keys: list[str], split_key: str) -> np.ndarray:
             "two of each are needed."
         )
     for key in keys:
-        names = adata.obs[key].astype(str)
+        names = categories_of(adata, key)
         if unseen := sorted(set(names[is_test]) - set(names[~is_test])):
             raise ValueError(
-                f"adata.obs[{key!r}] is {some(unseen)} in test cells but in no training cell: a model knows only the "
+                f"{where_of(key)} is {some(unseen)} in test cells but in no training cell: a model knows only the "
                 f"categories that it was fitted to. Move some of those cells to 'train' in adata.obs[{split_key!r}]."
             )
     return is_test

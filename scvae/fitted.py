@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,50 +23,109 @@ from scipy import sparse
 from torch import Tensor
 
 from scvae.boundary import files
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
+from scvae.boundary.options import Range, one_of, real, seed_of, whole
+from scvae.boundary.process import alone, device_of
+from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
 from scvae.inference import evidence
-from scvae.inference.devices import device_of, seeded
-from scvae.inference.evidence import unchecked
+from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
 
-__all__ = ["Fitted", "load"]
+__all__ = ["Fitted", "check_writable", "load"]
 
-_CHUNK = 1024  # cells at a time
+_CHUNK = 1024  # cells at a time, by default
 
 
 class Fitted:
     """A fitted model; made by :func:`scvae.fit` and :func:`scvae.load`.
 
     Cells given to its methods are read as those that it was fitted to: the same layer, covariates and genes, genes
-    matched by name. The order of the cells is kept, and the AnnData is left as it is.
+    matched by name. The order of the cells is kept, and the AnnData is left as it is, but for :meth:`transform` and
+    ``layer_added``. All of them take these arguments:
+
+    unknown_batch
+        What to do with cells of batches (or other categories) that the model has not seen: ``"error"``, or
+        ``"ignore"``, which leaves the covariate out.
+    missing_genes
+        What to do where genes of the model are missing: ``"error"``, or ``"zero"``, which takes their counts for 0.
+    batch_size
+        Cells that are computed at a time.
+    seed
+        Of the draws, where there are any.
+
+    They raise ``TypeError``, ``KeyError`` and ``ValueError`` as :func:`scvae.fit` does, and for unknown batches,
+    missing genes, and arguments that are out of their range.
 
     Attributes
     ----------
     program
         The generative model and its guide, a ``torch.nn.Module``.
-    history
-        The course of the training: see :func:`scvae.inference.svi.train`.
+    course
+        How the training went, a :class:`scvae.inference.svi.Course`: history, steps, seconds.
     training
         How it was trained: the seed, and what :class:`scvae.inference.svi.Training` lists.
     key_added
         Key of ``.obsm`` under which the embedding was written.
     """
 
-    def __init__(
-        self, program: Program, history: dict[str, list], training: dict[str, Any], key_added: str = "X_scvae"
-    ) -> None:
+    def __init__(self, program: Program, course: Course, training: dict[str, Any], key_added: str = "X_scvae") -> None:
         self.program = program.eval()
-        self.history = history
+        self.course = course
         self.training = training
         self.key_added = key_added
 
     def __repr__(self) -> str:
-        schema = self.program.schema
-        return (
-            f"Fitted {self.program.name!r}: {len(schema.genes)} genes, {len(schema.batches)} batch(es), "
-            + ", ".join(f"{key}={value!r}" for key, value in self.program.options.items())
+        return "\n    ".join(f"{name}: {text}" if name else text for name, text in self._described().items())
+
+    def _repr_html_(self) -> str:
+        title, *rows = self._described().items()
+        cells = "".join(
+            f"<tr><td style='text-align: left'>{html.escape(name)}</td>"
+            f"<td style='text-align: left'>{html.escape(text)}</td></tr>"
+            for name, text in rows
         )
+        return f"<table><caption style='text-align: left'>{html.escape(title[1])}</caption>{cells}</table>"
+
+    def _described(self) -> dict[str, str]:
+        """Return what the model is, line by line; the first has no name."""
+        schema, course = self.program.schema, self.course
+        features = "pixels" if schema.image_key is not None else "genes" if schema.use_rep is None else "features"
+        size = f"{course.n_cells:,} cells × {len(schema.genes):,} {features}"
+        if schema.batch_key is not None:
+            key = list(schema.batch_key) if isinstance(schema.batch_key, tuple) else schema.batch_key
+            size += f", {len(schema.batches)} batch{'es' * (len(schema.batches) > 1)} of {key!r}"
+        usual = Training(**self.program.defaults).as_dict()
+        changed = {
+            **self.program.changed_options(),
+            **{name: value for name, value in self.training.items() if usual.get(name, 0) != value},
+        }
+        steps = f"{course.n_steps:,} of {course.n_planned:,} steps in {course.seconds:.1f} s, {course.stopped}"
+        lines = {
+            "": f"Fitted {self.program.name!r}: {size}",
+            "options": ", ".join(f"{name}={value!r}" for name, value in changed.items()) or "defaults",
+            "training": steps,
+        }
+        if len(self.history):
+            lines["final ELBO"] = f"{self.history['elbo'].iloc[-1]:,.1f} nats a cell"
+        return {**lines, "device": str(self.device), "written to": f".obsm[{self.key_added!r}]"}
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The course of the training, a row for each evaluation: see :class:`scvae.inference.svi.Course`."""
+        return self.course.history
+
+    @property
+    def stopped(self) -> str:
+        """Why the training ended: ``"finished"``, ``"early"`` or ``"interrupted"``."""
+        return self.course.stopped
+
+    @property
+    def genes(self) -> list[str]:
+        """Names of the genes (or other features) that are modelled."""
+        return list(self.program.schema.genes)
 
     @property
     def device(self) -> torch.device:
@@ -75,49 +135,73 @@ class Fitted:
     @property
     def n_latent(self) -> int:
         """Numbers in a latent vector."""
-        with seeded(0, self.device), unchecked(), torch.no_grad():
+        with alone(0, self.device):
             blank = self._blank(torch.zeros(1, len(self.program.schema.widths), dtype=torch.int64, device=self.device))
             return poutine.trace(self.program.model).get_trace(blank).nodes[self.program.latent]["value"].numel()
 
-    def embed(self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error") -> np.ndarray:
+    def embed(
+        self,
+        adata: AnnData,
+        *,
+        give_std: bool = False,
+        n_samples: int | None = None,
+        seed: int = 0,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Return the posterior mean of each cell's latent vector, ``[n_cells, n_latent]``, float32.
 
         Parameters
         ----------
         adata
             The cells. Genes may be in any order, and others may be among them.
-        unknown_batch
-            Cells of batches (or other categories) that the model has not seen: ``"error"``, or ``"ignore"``, which
-            leaves the covariate out.
-        missing_genes
-            ``"error"``, or ``"zero"``, which takes the counts of genes that are missing for 0.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As :func:`scvae.fit`, and for unknown batches and missing genes.
+        give_std
+            Return the posterior standard deviation too: two arrays, mean and standard deviation.
+        n_samples
+            Return so many draws of the posterior in place of its mean, ``[n_samples, n_cells, n_latent]``.
+        seed, batch_size, unknown_batch, missing_genes
+            As above.
         """
-        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        return self._each(cells, lambda batch: self.program.embed(batch)[0])
+        if n_samples is not None and give_std:
+            raise ValueError("give_std belongs to the posterior mean, n_samples gives draws: pass one of them.")
+        draws = 0 if n_samples is None else whole("n_samples", n_samples)
 
-    def annotate(self, adata: AnnData, *, unknown_batch: str = "error", missing_genes: str = "error") -> None:
+        def answer(batch: Batch) -> Tensor:
+            if draws:
+                return torch.stack([z.flatten(1) for z in self._posterior(batch, draws)], 1)
+            return torch.stack(self.program.embed(batch), 1) if give_std else self.program.embed(batch)[0]
+
+        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+        result = self._each(cells, answer, seed, batch_size)
+        if draws:
+            return np.ascontiguousarray(result.swapaxes(0, 1))
+        return (result[:, 0].copy(), result[:, 1].copy()) if give_std else result
+
+    def transform(
+        self,
+        adata: AnnData,
+        *,
+        key_added: str | None = None,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
+    ) -> None:
         """Write to other cells what :func:`scvae.fit` writes to those that it is given.
 
         Parameters
         ----------
         adata
-            The cells, to which ``.obsm``, ``.obs`` and ``.uns["scvae"]`` are written.
-        unknown_batch, missing_genes
-            As in :meth:`embed`.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As :meth:`embed`. The AnnData is then as it was.
+            The cells, to which ``.obsm``, ``.obs`` and ``.uns`` are written; after an error they are as they were.
+        key_added
+            Key of ``.obsm`` to write to; by default that of the fit.
+        batch_size, unknown_batch, missing_genes
+            As above.
         """
-        if adata.isbacked and adata.is_view:
-            raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
-        self._write(adata, self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes))
+        check_anndata(adata, to_write=True)
+        key = self.key_added if key_added is None else check_key("key_added", key_added)
+        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+        self._write(adata, cells, key, batch_size)
 
     def denoise(
         self,
@@ -127,11 +211,13 @@ class Fitted:
         genes: Sequence[str] | None = None,
         library_size: float | str = 1.0,
         n_samples: int | None = None,
+        as_frame: bool = False,
         layer_added: str | None = None,
         seed: int = 0,
+        batch_size: int = _CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
-    ) -> np.ndarray:
+    ) -> np.ndarray | pd.DataFrame:
         """Return the expression that the model sees behind the counts, ``[n_cells, n_genes]``, float32.
 
         Parameters
@@ -147,34 +233,36 @@ class Fitted:
             thousand, ``"cell"`` expected counts before dropout, with the cell's own library size.
         n_samples
             Average over draws of the posterior. By default its mean is decoded, without averaging.
+        as_frame
+            Return a DataFrame, with the names of cells and genes.
         layer_added
             Write the result to this layer of the AnnData too: a dense ``[n_cells, n_vars]``, with NaN for the genes
             that are not modelled or were not asked for.
-        seed
-            Of the draws.
-        unknown_batch, missing_genes
-            As in :meth:`embed`.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As :meth:`embed`, and for a batch or gene that the model does not know.
+        seed, batch_size, unknown_batch, missing_genes
+            As above.
         """
+        check_anndata(adata, to_write=layer_added is not None)
         schema = self.program.schema
         genes = schema.genes if genes is None else [genes] if isinstance(genes, str) else list(genes)
         columns = torch.tensor(_index(genes, schema.genes, "gene"), dtype=torch.int64, device=self.device)
         codes = [None] if batch is None else self._batch_codes(batch)
-        if isinstance(library_size, str) and library_size != "cell":
-            raise ValueError(f"library_size is a number or 'cell', not {library_size!r}.")
+        if isinstance(library_size, str):
+            if library_size != "cell":
+                raise ValueError(f"library_size is a number above 0 or 'cell', not {library_size!r}.")
+        else:
+            library_size = real("library_size", library_size, Range(0, open_least=True))
         if (schema.kind != "counts" or schema.image_key is not None) and library_size != 1:
             models = "real numbers" if schema.image_key is None else "images"
             raise ValueError(f"library_size belongs to models of counts; {self.program.name!r} models {models}.")
-        if n_samples is not None:
-            _check_positive("n_samples", n_samples)
-        if layer_added is not None and (key := schema.use_rep or schema.image_key) is not None:
-            raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{key!r}].")
-        if layer_added is not None and adata.isbacked and adata.is_view:
-            raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+        n_samples = None if n_samples is None else whole("n_samples", n_samples)
+        if layer_added is not None:
+            check_key("layer_added", layer_added)
+            if (key := schema.use_rep or schema.image_key) is not None:
+                raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{key!r}].")
+            if layer_added == schema.layer:
+                raise ValueError(
+                    f"layer_added={layer_added!r} would overwrite the layer that the model reads: choose another."
+                )
 
         def expression(cells: Batch) -> Tensor:
             draws = [self.program.embed(cells)[0]] if n_samples is None else self._posterior(cells, n_samples)
@@ -187,7 +275,7 @@ class Fitted:
             return total / (len(codes) * len(draws)) * size
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        result = self._each(cells, expression, seed)
+        result = self._each(cells, expression, seed, batch_size)
         if layer_added is not None:
             layer = np.full(adata.shape, np.nan, dtype=np.float32)
             place = {name: i for i, name in enumerate(map(str, genes))}
@@ -195,7 +283,7 @@ class Fitted:
             layer[:, at >= 0] = result[:, at[at >= 0]]
             with _own(adata):
                 adata.layers[layer_added] = layer
-        return result
+        return pd.DataFrame(result, index=adata.obs_names, columns=[str(g) for g in genes]) if as_frame else result
 
     def reconstruct(
         self,
@@ -204,6 +292,9 @@ class Fitted:
         pose: str | tuple[float, float, float] = "own",
         size: tuple[int, int] | None = None,
         batch: str | None = None,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
     ) -> np.ndarray:
         """Return what a model of images makes of each cell's image, ``[n_cells, channels, height, width]``, float32.
 
@@ -220,18 +311,25 @@ class Fitted:
             those of the data. Of the program ``"pose"`` only.
         batch
             Decode all cells as if they were of this batch; by default each as of its own.
+        batch_size, unknown_batch, missing_genes
+            As above.
 
         Raises
         ------
-        KeyError, ValueError
-            As :meth:`embed`; if the model is not one of images, or has no poses.
+        ValueError
+            If the model is not one of images, or has no poses.
         """
         if not self.program.of_images:
             raise ValueError(f"reconstruct belongs to models of images; ask {self.program.name!r} to denoise.")
         if isinstance(pose, str) and pose != "own":
             raise ValueError(f"pose is 'own', or an angle and two shifts, not {pose!r}.")
+        if size is not None:
+            given_size = np.ravel(size).tolist()
+            if len(given_size) != 2:
+                raise ValueError(f"size is a height and a width, not {size!r}.")
+            size = (whole("size", given_size[0]), whole("size", given_size[1]))
         code = None if batch is None else self._batch_codes([batch])[0]
-        given = None if isinstance(pose, str) else torch.tensor(pose, dtype=torch.float32, device=self.device)
+        given = None if isinstance(pose, str) else torch.from_numpy(_numbers("pose", pose)).to(self.device)
         if given is not None and given.shape != (3,):
             raise ValueError(f"pose is an angle and two shifts, three numbers, not {pose!r}.")
 
@@ -241,7 +339,8 @@ class Fitted:
             to = cells if code is None else _as_of(cells, code, self.program.schema)
             return self.program.render(z, to, where, size)
 
-        return self._each(self._cells(adata), images)
+        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+        return self._each(cells, images, 0, batch_size)
 
     def decode(self, z: np.ndarray, *, batch: str | Sequence[str] | None = None) -> np.ndarray:
         """Return the expression, or the image, that latent vectors stand for, ``[n, n_genes]``, float32.
@@ -265,11 +364,16 @@ class Fitted:
         """
         schema, device = self.program.schema, self.device
         codes = range(len(schema.batches)) if batch is None else self._batch_codes(batch)
-        with unchecked(), torch.no_grad():
-            vectors = torch.as_tensor(np.asarray(z, dtype=np.float32), device=device)
-            blank = self._blank(torch.zeros(len(vectors), len(schema.widths), dtype=torch.int64, device=device))
-            total = sum(self.program.decode(vectors, _as_of(blank, code, schema)) for code in codes)
-        decoded = (total / len(codes)).cpu().numpy()
+        given = _numbers("z", z)
+        if given.ndim != 2 or given.shape[1] != self.n_latent:
+            raise ValueError(f"z is of shape {given.shape}: latent vectors are wanted, [n, {self.n_latent}].")
+        parts = []
+        with alone(0, device):
+            for vectors in torch.from_numpy(given).to(device).split(_CHUNK):
+                blank = self._blank(torch.zeros(len(vectors), len(schema.widths), dtype=torch.int64, device=device))
+                total = sum(self.program.decode(vectors, _as_of(blank, code, schema)) for code in codes)
+                parts.append((total / len(codes)).cpu().numpy())
+        decoded = np.concatenate(parts) if parts else np.empty((0, len(schema.genes)), np.float32)
         return decoded.reshape(len(decoded), *schema.channels) if self.program.of_images else decoded
 
     def generate(self, n: int, *, batch: str | None = None, seed: int = 0) -> AnnData:
@@ -298,8 +402,8 @@ class Fitted:
             If the model does not know the batch.
         """
         schema, device = self.program.schema, self.device
-        _check_positive("n", n)
-        with seeded(seed, device), unchecked(), torch.no_grad():
+        n = whole("n", n)
+        with alone(seed_of(seed), device):
             codes = torch.empty(n, len(schema.widths), dtype=torch.int64, device=device)
             for i, width in enumerate(schema.widths):
                 codes[:, i] = torch.randint(width, (n,), device=device)
@@ -325,18 +429,39 @@ class Fitted:
         if schema.layer is not None:
             adata.layers[schema.layer] = adata.X
         for i, (key, names) in enumerate(schema.categories.items()):
-            adata.obs[key] = pd.Categorical.from_codes(codes[:, i].cpu().numpy(), list(names))
+            of_cells = codes[:, i].cpu().numpy()
+            for j, column in enumerate(key if isinstance(key, tuple) else [key]):
+                own = [name[j] if isinstance(key, tuple) else name for name in names]
+                adata.obs[column] = pd.Categorical(np.asarray(own, dtype=object)[of_cells], list(dict.fromkeys(own)))
         for key, (mean, _) in schema.continuous.items():
             adata.obs[key] = mean
         return adata
 
-    def elbo(self, adata: AnnData, *, n_samples: int = 1, seed: int = 0) -> np.ndarray:
+    def elbo(
+        self,
+        adata: AnnData,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
+    ) -> np.ndarray:
         """Return the evidence lower bound of each cell, nats, ``[n_cells]``, estimated with `n_samples` draws."""
-        _check_positive("n_samples", n_samples)
-        return self._each(self._cells(adata), lambda batch: evidence.elbo(self.program, batch, n_samples), seed)
+        n_samples = whole("n_samples", n_samples)
+        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+        return self._each(cells, lambda batch: evidence.elbo(self.program, batch, n_samples), seed, batch_size)
 
     def log_likelihood(
-        self, adata: AnnData, *, n_samples: int = 256, method: str = "importance", seed: int = 0
+        self,
+        adata: AnnData,
+        *,
+        n_samples: int = 256,
+        method: str = "importance",
+        seed: int = 0,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
     ) -> np.ndarray:
         r"""Return an estimate of :math:`\log p(x \mid s)` of each cell, nats, ``[n_cells]``.
 
@@ -349,15 +474,13 @@ class Fitted:
         method
             ``"importance"``: weighted draws from the guide (Burda et al. 2016, equation 8), a lower bound in
             expectation that tightens with `n_samples`. ``"prior"``: plain Monte Carlo over the prior, for comparison.
-        seed
-            Of the draws.
+        seed, batch_size, unknown_batch, missing_genes
+            As above.
         """
         estimators = {"importance": evidence.importance_weighted, "prior": evidence.prior_monte_carlo}
-        if method not in estimators:
-            raise ValueError(f"method is one of {', '.join(map(repr, estimators))}, not {method!r}.")
-        _check_positive("n_samples", n_samples)
-        estimate = estimators[method]
-        return self._each(self._cells(adata), lambda batch: estimate(self.program, batch, n_samples), seed)
+        estimate, n_samples = estimators[one_of("method", method, estimators)], whole("n_samples", n_samples)
+        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+        return self._each(cells, lambda batch: estimate(self.program, batch, n_samples), seed, batch_size)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the model to a folder, as ``model.json`` and a file of weights; see :func:`scvae.load`.
@@ -383,8 +506,8 @@ class Fitted:
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "options": self.program.options,
-            "schema": asdict(self.program.schema),
-            "history": self.history,
+            "schema": _content(self.program.schema),
+            "course": {**vars(self.course), "history": self.history.to_dict("list")},
             "training": self.training,
             "key_added": self.key_added,
         }
@@ -392,13 +515,17 @@ class Fitted:
         files.write_model(path, content, weights, overwrite=overwrite)
 
     def _cells(self, adata: AnnData, **how: str) -> Cells:
-        return read_cells(adata, self.program.schema, device=self.device, **how)
+        with alone(0, self.device):
+            return read_cells(adata, self.program.schema, device=self.device, **how)
 
-    def _each(self, cells: Cells, answer: Callable[[Batch], Tensor], seed: int = 0) -> np.ndarray:
-        """Ask something of all cells, chunk by chunk, in order."""
+    def _each(
+        self, cells: Cells, answer: Callable[[Batch], Tensor], seed: int = 0, batch_size: int = _CHUNK
+    ) -> np.ndarray:
+        """Ask something of all cells, so many at a time, in order."""
+        seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
         result = np.empty(0)
-        with seeded(seed, self.device), unchecked(), torch.no_grad():
-            for rows, batch in cells.minibatches(_CHUNK):
+        with alone(seed, self.device):
+            for rows, batch in cells.minibatches(batch_size):
                 part = answer(batch).cpu().numpy()
                 if not len(result):
                     result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
@@ -409,11 +536,15 @@ class Fitted:
         name = self.program.latent
         return [poutine.trace(self.program.guide).get_trace(batch).nodes[name]["value"] for _ in range(n_samples)]
 
-    def _batch_codes(self, names: str | Sequence[str]) -> list[int]:
+    def _batch_codes(self, names: Any) -> list[int]:
         schema = self.program.schema
         if schema.batch_key is None:
             raise ValueError("The model was fitted without batch_key: it knows no batches.")
-        return _index([str(names)] if np.isscalar(names) else names, schema.batches, "batch")
+        is_one = np.isscalar(names) or (isinstance(schema.batch_key, tuple) and name_of(names) in schema.batches)
+        wanted = [names] if is_one else list(names)
+        if not wanted:
+            raise ValueError("batch is empty: name one, or leave it out.")
+        return _index(wanted, schema.batches, "batch")
 
     def _blank(self, codes: Tensor) -> Batch:
         """Cells without counts, of given categories, with all else at its mean."""
@@ -426,53 +557,85 @@ class Fitted:
             schema.covariates(codes, continuous),
         )
 
-    def _write(self, adata: AnnData, cells: Cells) -> None:
+    def _write(self, adata: AnnData, cells: Cells, key: str | None = None, batch_size: int = _CHUNK) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
-
-        def answers(batch: Batch) -> dict[str, Tensor]:
-            mean, std = self.program.embed(batch)
-            return {"": mean, "std": std, **self.program.per_cell(batch)}
-
-        with torch.no_grad():
-            first = answers(cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
+        key = self.key_added if key is None else key
+        first = check_writable(adata, self.program, cells, key)
         widths = [part[0].numel() for part in first.values()]
-        written = self._each(
-            cells, lambda batch: torch.cat([p.reshape(len(p), -1) for p in answers(batch).values()], 1)
-        )
-        parts = np.split(written, np.cumsum(widths)[:-1], axis=1)
+
+        def answer(batch: Batch) -> Tensor:
+            return torch.cat([part.reshape(len(part), -1) for part in _written(self.program, batch).values()], 1)
+
+        parts = np.split(self._each(cells, answer, 0, batch_size), np.cumsum(widths)[:-1], axis=1)
         obs: dict[str, Any] = {}
         obsm: dict[str, np.ndarray] = {}
         for (name, like), part in zip(first.items(), parts, strict=True):
-            if like.dim() > 1:
-                obsm[f"{self.key_added}_{name}" if name else self.key_added] = part.copy()
+            place, full = _place(name, like, key)
+            if place == "obsm":
+                obsm[full] = part.copy()
             elif like.dtype.is_floating_point:
-                obs[f"scvae_{name}"] = part[:, 0]
+                obs[full] = part[:, 0]
             else:
-                obs[f"scvae_{name}"] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
+                obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
+        record = {
+            "version": version("scvae-pyro"),
+            "program": self.program.name,
+            "key_added": key,
+            "obs": np.asarray(list(obs), dtype=object),
+            "obsm": np.asarray(list(obsm), dtype=object),
+            "options": {k: v for k, v in self.program.options.items() if v is not None},
+            "training": {k: v for k, v in self.training.items() if v is not None},
+            "schema": {
+                "n_genes": len(self.program.schema.genes),
+                "batches": np.asarray(self.program.schema.batches, dtype=object),
+            },
+            "history": {name: column.to_numpy() for name, column in self.history.items()},
+            "stopped": self.stopped,
+        }
         with _own(adata):
-            before = adata.uns.get("scvae", {})
-            for stale in before.get("obs", ()):  # of an earlier fit
-                adata.obs.drop(columns=stale, errors="ignore", inplace=True)
-            for stale in before.get("obsm", ()) if before.get("key_added") == self.key_added else ():
-                adata.obsm.pop(stale, None)
+            stale = own_keys(adata, key)
+            adata.obs.drop(columns=stale["obs"], errors="ignore", inplace=True)
+            for name in stale["obsm"]:
+                adata.obsm.pop(name, None)
             for name, column in obs.items():
                 adata.obs[name] = column
             adata.obsm.update(obsm)
-            adata.uns["scvae"] = {
-                "version": version("scvae-pyro"),
-                "program": self.program.name,
-                "key_added": self.key_added,
-                "obs": np.asarray(list(obs), dtype=object),
-                "obsm": np.asarray(list(obsm), dtype=object),
-                "options": {k: v for k, v in self.program.options.items() if v is not None},
-                "training": {k: v for k, v in self.training.items() if v is not None},
-                "schema": {
-                    "n_genes": len(self.program.schema.genes),
-                    "batches": np.asarray(self.program.schema.batches, dtype=object),
-                },
-                "history": {k: np.asarray(v) for k, v in self.history.items() if k != "stopped"},
-                "stopped": self.history["stopped"][0],
-            }
+            adata.uns[stem_of(key)] = record
+
+
+def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[str, Tensor]:
+    """Check that what a program says of each cell can be written under a key; return what it says of the first one.
+
+    Raises
+    ------
+    ValueError
+        If that would overwrite what the model reads, or something of the user's.
+    """
+    was = program.training
+    with alone(0, cells.device):
+        first = _written(program.eval(), cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
+    program.train(was)
+    names: dict[str, list[str]] = {"obs": [], "obsm": []}
+    for name, like in first.items():
+        place, full = _place(name, like, key)
+        names[place].append(full)
+    schema = program.schema
+    read: dict[str, list[Any]] = {"obs": schema.columns, "obsm": [schema.use_rep, schema.image_key]}
+    check_free(adata, key, names["obs"], names["obsm"], read=read)
+    return first
+
+
+def _written(program: Program, batch: Batch) -> dict[str, Tensor]:
+    """Return what is written of each cell, by name; the latent vector has none."""
+    mean, std = program.embed(batch)
+    return {"": mean, "std": std, **program.per_cell(batch)}
+
+
+def _place(name: str, like: Tensor, key: str) -> tuple[str, str]:
+    """Return where something is written, ``obs`` or ``obsm``, and under which name."""
+    if like.dim() > 1:
+        return "obsm", f"{key}_{name}" if name else key
+    return "obs", f"{stem_of(key)}_{name}"
 
 
 def load(path: str | Path, *, program: type[Program] | None = None, device: str = "cpu") -> Fitted:
@@ -499,22 +662,28 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     kind = program or PROGRAMS.get(content["program"])
     if kind is None or kind.name != content["program"]:
         raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
-    with seeded(0, torch.device("cpu")):  # the weights drawn here are replaced
-        made = kind(_schema(content["schema"]), **content["options"])
-    made.load_state_dict(load_tensors(weights))
-    return Fitted(made.to(where), content["history"], content["training"], content["key_added"])
+    with alone(0, torch.device("cpu")):
+        made = kind(_schema(content["schema"]), **content["options"])  # the weights drawn here are replaced
+        made.load_state_dict(load_tensors(weights))
+    course = Course(**{**content["course"], "history": pd.DataFrame(content["course"]["history"])})
+    return Fitted(made.to(where), course, content["training"], content["key_added"])
+
+
+def _content(schema: Schema) -> dict[str, Any]:
+    """Return a schema as JSON has it, which knows no keys but text: of tables, the pairs."""
+    return {
+        **asdict(schema),
+        "categories": list(schema.categories.items()),
+        "continuous": list(schema.continuous.items()),
+    }
 
 
 def _schema(content: dict[str, Any]) -> Schema:
-    return Schema(
-        **{
-            **content,
-            "genes": tuple(content["genes"]),
-            "image_shape": tuple(content["image_shape"]) if content.get("image_shape") else None,
-            "categories": {key: tuple(names) for key, names in content["categories"].items()},
-            "continuous": {key: tuple(values) for key, values in content["continuous"].items()},
-        }
-    )
+    def plain(value: Any) -> Any:
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
+    return Schema(**{**{name: plain(value) for name, value in content.items()}, **tables})
 
 
 def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
@@ -527,17 +696,23 @@ def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
     return replace(batch, s=torch.full_like(batch.s, code), covariates=covariates)
 
 
-def _index(wanted: Sequence[str], names: Sequence[str], what: str) -> list[int]:
+def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:
     place = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in map(str, wanted) if name not in place]
+    unknown = [name for name in map(name_of, wanted) if name not in place]
     if unknown:
         raise ValueError(f"The model knows no {what} {some(unknown)}; it knows {some(names)}.")
-    return [place[name] for name in map(str, wanted)]
+    return [place[name] for name in map(name_of, wanted)]
 
 
-def _check_positive(what: str, number: int) -> None:
-    if number < 1:
-        raise ValueError(f"{what} is at least 1, not {number}.")
+def _numbers(what: str, values: Any) -> np.ndarray:
+    """Return an array of finite numbers in single precision."""
+    try:
+        numbers = np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is of numbers, not {values!r}.") from None
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{what} has NaN or infinite numbers.")
+    return numbers
 
 
 @contextmanager

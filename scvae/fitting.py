@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
+import difflib
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from anndata import AnnData
 
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.keys import check_key
+from scvae.boundary.options import Options, seed_of
+from scvae.boundary.process import alone, device_of
+from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
-from scvae.fitted import Fitted
-from scvae.inference.devices import device_of, seeded
+from scvae.fitted import Fitted, check_writable
+from scvae.inference.progress import say
 from scvae.inference.svi import NonFiniteLoss, Training, train
+from scvae.kernels.operations import loops_are_compiled
 from scvae.programs import PROGRAMS, Program
 
 __all__ = ["fit"]
@@ -21,14 +26,14 @@ __all__ = ["fit"]
 
 def fit(
     adata: AnnData,
-    program: str | type[Program] = "zinb",
+    program: str | type[Program] | Options = "zinb",
     *,
     layer: str | None = None,
     use_rep: str | None = None,
     image_key: str | None = None,
-    batch_key: str | None = None,
-    categorical_covariate_keys: Sequence[str] = (),
-    continuous_covariate_keys: Sequence[str] = (),
+    batch_key: str | Sequence[str] | None = None,
+    categorical_covariate_keys: str | Sequence[str] | None = (),
+    continuous_covariate_keys: str | Sequence[str] | None = (),
     size_factor_key: str | None = None,
     mask_var: str | None = "auto",
     check_counts: bool = True,
@@ -49,8 +54,8 @@ def fit(
         Cells by genes. Raw counts, or what the program models, in ``.X`` or in `layer`: CSR, CSC, dense, backed, dask.
     program
         Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers, ``"vq"`` and ``"vq_gaussian"`` for
-        discrete codes of either, ``"pose"`` and ``"matrix_normal"`` for images), or a
-        :class:`~scvae.programs.Program` class of your own.
+        discrete codes of either, ``"pose"`` and ``"matrix_normal"`` for images), its options
+        (``scvae.programs.ZINB.Options(prior="normal")``), or a :class:`~scvae.programs.Program` class of your own.
     layer
         Key of ``adata.layers`` that holds the counts; by default they are in ``adata.X``.
     use_rep
@@ -59,7 +64,8 @@ def fit(
         Key of ``adata.obsm`` that holds an image of each cell, ``[n_cells, height, width]`` or ``[n_cells, channels,
         height, width]``, for the programs of images.
     batch_key
-        Column of ``adata.obs`` whose effect is to be taken out of the latent space.
+        Column of ``adata.obs`` whose effect is to be taken out of the latent space. Of several columns, each
+        combination that occurs is a batch.
     categorical_covariate_keys, continuous_covariate_keys
         Further columns whose effect is to be taken out. Continuous ones are standardised.
     size_factor_key
@@ -81,11 +87,12 @@ def fit(
         Makes the fit repeatable on the same machine and device with the same number of threads
         (``torch.get_num_threads()``); the caller's random state is left as it was.
     key_added
-        Key of ``adata.obsm`` to write to.
+        Key of ``adata.obsm`` to write to, such as ``"X_mine"``; all else that is written is named after it. What an
+        earlier fit wrote under the same key is replaced.
     progress
-        Whether to show a progress bar.
+        Whether to say what is fitted and to show a progress bar.
     **options
-        Options of the program (:class:`scvae.programs.ZINB`: ``likelihood``, ``dispersion``, ``library``,
+        Options of the program (:class:`scvae.programs.ZINB.Options`: ``likelihood``, ``dispersion``, ``library``,
         ``posterior``, ``prior``, ``n_hidden``, …) and of the training (:class:`scvae.inference.svi.Training`:
         ``learning_rate``, ``kl_weight``, ``validation_fraction``, …).
 
@@ -95,14 +102,16 @@ def fit(
         The fitted model. To the AnnData are written, and nothing else: ``.obsm[key_added]``, the posterior mean of
         each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; what else the program
         infers of each cell in ``.obs["scvae_…"]`` (the library latent, as counts; the cluster, with
-        ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; ``.uns["scvae"]``, parameters and history.
+        ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; ``.uns["scvae"]``, parameters and history. With
+        ``key_added="X_mine"`` these are ``.obs["mine_…"]`` and ``.uns["mine"]``.
 
     Raises
     ------
     KeyError
         If a layer or column is missing.
     ValueError
-        If the counts or covariates cannot be modelled; the message names the first cells or genes at fault.
+        If the counts or covariates cannot be modelled, the message naming the first cells or genes at fault; if an
+        option is out of its range; or if what is to be written would overwrite something of the user's.
     TypeError
         If an option is not known, or `adata` is not an AnnData.
     scvae.inference.svi.NonFiniteLoss
@@ -116,27 +125,19 @@ def fit(
     >>> adata.obsm["X_scvae"].shape
     (200, 20)
     """
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
-    if adata.isbacked and adata.is_view:
-        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+    check_anndata(adata, to_write=True)
     if adata.n_obs < 2:
         raise ValueError(f"The AnnData has {adata.n_obs or 'no'} cell: a latent space needs at least two.")
-    where = device_of(device)
-    kind = _program(program)
-    training_names = [field.name for field in fields(Training)]
-    given = {name: options.pop(name) for name in list(options) if name in training_names}
-    if max_epochs is not None:
-        given["max_epochs"] = max_epochs
-    training = Training(batch_size=batch_size, **{**kind.defaults, **given})
+    where, seed, key_added = device_of(device), seed_of(seed), check_key("key_added", key_added)
+    kind, chosen = program_of(program)
+    given = {"max_epochs": max_epochs, "n_latent": n_latent, "batch_size": batch_size}
+    options = {**chosen, **{name: value for name, value in given.items() if value is not None}, **options}
     if size_factor_key is not None:
         if kind.kind != "counts" or kind.of_images:
             models = "images" if kind.of_images else "real numbers"
             raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models {models}.")
-        options.setdefault("library", "size_factor")
-    if n_latent is not None:
-        options["n_latent"] = n_latent
-    _check_options(kind, options, training_names)
+        options = {"library": "size_factor", **options}
+    training, options = split_options(kind, options)
     if kind.of_images and image_key is None:
         raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
     if image_key is not None and not kind.of_images:
@@ -154,14 +155,17 @@ def fit(
         mask_var=mask_var,
         check_counts=check_counts,
     )
-    with seeded(seed, where):
+    with alone(seed, where, gradient=True):
         made = kind(schema, **options)
-        cells = read_cells(adata, schema, device=where)
+        cells = read_cells(adata, schema, device=where, mask_var=mask_var)
         if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)
+        check_writable(adata, made, cells, key_added)
+        if progress:
+            _say_what_is_fitted(made, cells, adata, mask_var)
         try:
-            history = train(made, cells, training, progress=progress)
+            course = train(made, cells, training, progress=progress)
         except NonFiniteLoss as error:
             names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
             error.args = (
@@ -169,28 +173,91 @@ def fit(
                 f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
             )
             raise
-    fitted = Fitted(made, history, {"seed": seed, **asdict(training)}, key_added)
+    fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
     fitted._write(adata, cells)
     return fitted
 
 
-def _program(program: str | type[Program]) -> type[Program]:
+def _say_what_is_fitted(program: Program, cells: Cells, adata: AnnData, mask_var: str | None) -> None:
+    schema, n_genes = program.schema, f"{cells.n_genes:,}"
+    if schema.image_key is not None:
+        what = f"images of {' × '.join(map(str, schema.image_shape or ()))} pixels"
+    elif schema.use_rep is not None:
+        what = f"{n_genes} features of {schema.use_rep!r}"
+    elif cells.n_genes < adata.n_vars:
+        what = f"{n_genes} of {adata.n_vars:,} genes ({'highly_variable' if mask_var == 'auto' else mask_var})"
+    else:
+        what = f"{n_genes} genes"
+    batches = "" if schema.batch_key is None else f", {len(schema.batches):,} batches"
+    say(f"scvae: {program.name}, {len(cells):,} cells × {what}{batches}, on {cells.device}")
+    if schema.kind == "counts" and cells.device.type == "cpu" and not loops_are_compiled():
+        say("scvae: compiling, once after an installation, which takes some ten seconds")
+
+
+def program_of(program: str | type[Program] | Options) -> tuple[type[Program], dict[str, Any]]:
+    """Return the class of a program, and the options that it was named with."""
+    if isinstance(program, Options) and program.program is not None:
+        return program.program, program.as_dict()
     if isinstance(program, str):
         if program not in PROGRAMS:
-            raise ValueError(f"There is no program {program!r}; there are {', '.join(map(repr, PROGRAMS))}.")
-        return PROGRAMS[program]
+            raise ValueError(
+                f"There is no program {program!r}{_meant(program, PROGRAMS)}; there are "
+                f"{', '.join(map(repr, PROGRAMS))}."
+            )
+        return PROGRAMS[program], {}
     if not (isinstance(program, type) and issubclass(program, Program)):
-        raise TypeError(f"program is a name or a class derived from scvae.programs.Program, not {program!r}.")
-    return program
-
-
-def _check_options(kind: type[Program], options: dict[str, Any], training_names: list[str]) -> None:
-    signature = inspect.signature(kind)
-    try:
-        signature.bind(None, **options)
-    except TypeError as error:
-        _, *names = signature.parameters
         raise TypeError(
-            f"{error}. Options of the program {kind.name!r}: {', '.join(names)}; of the training: "
-            f"{', '.join(training_names)}."
-        ) from None
+            "program is a name, the options of a program, or a class derived from scvae.programs.Program, not "
+            f"{program!r}."
+        )
+    return program, {}
+
+
+def split_options(kind: type[Program], options: Mapping[str, Any]) -> tuple[Training, dict[str, Any]]:
+    """Return the training, and what is left for the program.
+
+    Raises
+    ------
+    TypeError
+        If neither has an option of that name.
+    ValueError
+        If one is of another type or out of its range.
+    """
+    of_training, of_program = Training.names(), kind.option_names()
+    for name in options:
+        if name not in of_training and of_program is not None and name not in of_program:
+            raise TypeError(
+                f"There is no option {name!r}{_meant(name, [*of_program, *of_training])}. Options of the program "
+                f"{kind.name!r}: {', '.join(of_program)}; of the training: {', '.join(of_training)}."
+            )
+    given = {name: value for name, value in options.items() if name in of_training}
+    rest = {name: value for name, value in options.items() if name not in of_training}
+    if kind.Options is not None:
+        known = {name: value for name, value in rest.items() if name in kind.Options.names()}
+        rest |= {name: getattr(kind.Options(**known), name) for name in known}
+    return Training(**{**kind.defaults, **given}), rest
+
+
+#: What is called otherwise elsewhere.
+_ELSEWHERE = {
+    "early_stopping": "validation_fraction=0.1, which ends the training when the bound of those cells stops rising",
+    "early_stopping_patience": "patience",
+    "train_size": "validation_fraction",
+    "validation_size": "validation_fraction",
+    "epochs": "max_epochs",
+    "n_epochs": "max_epochs",
+    "lr": "learning_rate",
+    "gene_likelihood": "likelihood",
+    "use_observed_lib_size": "library='observed'",
+    "n_epochs_kl_warmup": "kl_warmup, a fraction of the steps",
+    "use_gpu": "device",
+    "accelerator": "device",
+    "random_state": "seed",
+}
+
+
+def _meant(name: str, names: Any) -> str:
+    """Return what a name may have been meant for, for a message."""
+    near = difflib.get_close_matches(name, list(names), 1)
+    found = _ELSEWHERE.get(name) or (repr(near[0]) if near else "")
+    return f" (did you mean {found}?)" if found else ""

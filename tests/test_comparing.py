@@ -224,11 +224,11 @@ def test_the_same_data_by_other_words_are_not_refused(adata):
         ({"a": {}, "bad": {"n_latnt": 3}}, {}, TypeError, "'bad': .*n_latnt.*Options of the program 'zinb'"),
         ({"bad": {"adata": None}}, {}, TypeError, "'bad': .*adata"),
         ({"a": {}, "bad": {"program": "vae"}}, {}, ValueError, "'bad': There is no program 'vae'"),
-        ({"bad": {"program": 3}}, {}, TypeError, "'bad': program is a name or a class"),
+        ({"bad": {"program": 3}}, {}, TypeError, "'bad': program is a name, the options of a program, or a class"),
         ({"a": {}, "bad": {"batch_key": "plate"}}, {}, KeyError, "'bad': adata.obs has no column 'plate'"),
         ({"bad": {"mask_var": "chosen"}}, {}, KeyError, "'bad': adata.var has no column 'chosen'"),
-        ({"a": {}}, {"n_samples": 0}, ValueError, "n_samples is at least 1, not 0"),
-        ({"a": {}}, {"test_fraction": 1.0}, ValueError, "test_fraction is between 0 and 1"),
+        ({"a": {}}, {"n_samples": 0}, ValueError, "n_samples is a whole number of at least 1, not 0"),
+        ({"a": {}}, {"test_fraction": 1.0}, ValueError, "test_fraction is a number above 0 and below 1"),
         ({"a": {}}, {"test_fraction": 0.01}, ValueError, "test_fraction=0.01 would take 1 of 80 cells"),
         ({"a": {}}, {"test_fraction": 0.99}, ValueError, "at least two are needed"),
         ({"a": {"batch_key": "each"}}, {}, ValueError, "one of each category in the training"),
@@ -247,7 +247,7 @@ def test_bad_input_is_refused_before_the_first_fit(adata, no_fit, configurations
 
 
 def test_only_an_anndata_is_compared_on(no_fit):
-    with pytest.raises(TypeError, match="adata is an AnnData, not ndarray"):
+    with pytest.raises(TypeError, match="adata is an AnnData, not a ndarray: make one of the matrix"):
         compare(np.ones((5, 5)), {"a": {}})
 
 

@@ -25,7 +25,12 @@ def test_answers_have_the_shapes_that_are_documented(adata, model):
 
 
 def test_a_model_says_what_it_is(model):
-    assert repr(model).startswith("Fitted 'zinb': 24 genes, 2 batch(es), n_latent=3, ")
+    assert repr(model).splitlines()[0] == "Fitted 'zinb': 80 cells × 24 genes, 2 batches of 'batch'"
+    assert "options: n_latent=3, n_hidden=8, " in repr(model)
+    assert f"training: 6 of 6 steps in {model.course.seconds:.1f} s, finished" in repr(model)
+    assert f"final ELBO: {model.history['elbo'].iloc[-1]:.1f} nats a cell" in repr(model)
+    assert "device: cpu" in repr(model)
+    assert "<td style='text-align: left'>n_latent=3" in model._repr_html_()
 
 
 # ---- Denoised expression -----------------------------------------------------------------------------------

@@ -26,9 +26,8 @@ from typing import Any
 __all__ = ["check_model", "check_output", "read_model", "write_file", "write_folder", "write_model"]
 
 _FORMAT = 2
-_READ = (1, 2)  # in the first the weights were always called weights.safetensors
 _DESCRIPTION = "model.json"
-_WEIGHTS = re.compile(r"weights(-[0-9a-f]{16})?\.safetensors")
+_WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _PART = re.compile(r"\.scvae-[0-9a-f]{16}\.part.*")  # of a process that was killed while it wrote
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}  # file systems that know no flush of a folder
 
@@ -166,10 +165,10 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
             form = file["format"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path / _DESCRIPTION} is damaged: it is not the JSON that scvae writes.") from None
-        if form not in _READ:
+        if form != _FORMAT:
             raise ValueError(
-                f"{path} is in format {form}; this version of scvae reads format {_FORMAT} and those before: "
-                "update scvae."
+                f"{path} is in format {form}; this version of scvae reads format {_FORMAT}: read it with the version "
+                "that wrote it."
             )
         if (name := _weights_of(file)) is None:
             raise _damaged(path)
@@ -408,7 +407,7 @@ def _sweep(folder: Path) -> None:
     """Remove what a model folder does not need: other weights than those of the model, and what was never finished."""
     try:
         description: Any = json.loads((folder / _DESCRIPTION).read_bytes())
-        named = _weights_of(description) if description["format"] in _READ else None
+        named = _weights_of(description) if description["format"] == _FORMAT else None
     except FileNotFoundError:
         named = ""  # there is no model
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -426,7 +425,7 @@ def _is_ours(name: str) -> bool:
 
 def _weights_of(description: Any) -> str | None:
     """Return the name of the file of weights, if it is one that is written here."""
-    name = "weights.safetensors" if description["format"] == 1 else description.get("weights")
+    name = description.get("weights")
     return name if isinstance(name, str) and _WEIGHTS.fullmatch(name) else None
 
 

@@ -12,10 +12,14 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from scvae.data.categories import name_of
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
 
-__all__ = ["Batch", "Cells", "Schema"]
+__all__ = ["Batch", "Cells", "Key", "Schema"]
+
+#: Name of a covariate: a column of ``.obs``, or several, whose combinations are meant.
+Key = str | int | tuple[str | int, ...]
 
 _MAX_SHARE = 0.6  # of a GPU's free memory that counts may take
 _BLOCK = 1 << 16  # cells looked at in one go
@@ -39,10 +43,10 @@ class Schema:
     image_key: str | None = None
     #: Shape of an image, ``(height, width)`` or ``(channels, height, width)``.
     image_shape: tuple[int, ...] | None = None
-    batch_key: str | None = None
+    batch_key: Key | None = None
     size_factor_key: str | None = None
-    #: Names of the categories of each categorical covariate, the batch key first.
-    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    #: Names of the categories of each categorical covariate, the batch key first; those of combinations are tuples.
+    categories: Mapping[Key, tuple[Any, ...]] = field(default_factory=dict)
     #: Mean and standard deviation of each continuous covariate.
     continuous: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     check_counts: bool = True
@@ -58,7 +62,14 @@ class Schema:
     @property
     def batches(self) -> tuple[str, ...]:
         """Names of the batches; a single empty name where no batch key was given."""
-        return ("",) if self.batch_key is None else self.categories[self.batch_key]
+        return ("",) if self.batch_key is None else tuple(map(name_of, self.categories[self.batch_key]))
+
+    @property
+    def columns(self) -> list[str | int]:
+        """Columns of ``.obs`` that are read."""
+        keys = [each for key in self.categories for each in (key if isinstance(key, tuple) else (key,))]
+        sizes = [] if self.size_factor_key is None else [self.size_factor_key]
+        return [*keys, *self.continuous, *sizes]
 
     @property
     def widths(self) -> tuple[int, ...]:

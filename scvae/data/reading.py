@@ -13,10 +13,25 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scvae.data.cells import Cells, Schema
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.options import names_of, one_of
+from scvae.data.categories import combined, name_of, named
+from scvae.data.cells import Cells, Key, Schema
 
-__all__ = ["read_cells", "read_schema", "some"]
+__all__ = [
+    "categories_of",
+    "column_of",
+    "counts_of",
+    "matrix_of",
+    "read_cells",
+    "read_schema",
+    "rows_of",
+    "some",
+    "where_of",
+]
 
+_LARGEST = 1e30  # which single precision still squares in the logarithm of a likelihood
+_LARGEST_WHOLE = 1 << 24  # up to which single precision holds every whole number
 _BLOCK = 1 << 24  # entries looked at in one go, which bounds the memory of the checks and of dense input
 
 
@@ -27,14 +42,17 @@ def read_schema(
     layer: str | None = None,
     use_rep: str | None = None,
     image_key: str | None = None,
-    batch_key: str | None = None,
-    categorical_covariate_keys: Sequence[str] = (),
-    continuous_covariate_keys: Sequence[str] = (),
+    batch_key: str | Sequence[str] | None = None,
+    categorical_covariate_keys: str | Sequence[str] | None = (),
+    continuous_covariate_keys: str | Sequence[str] | None = (),
     size_factor_key: str | None = None,
     mask_var: str | None = "auto",
     check_counts: bool = True,
 ) -> Schema:
     """Read the names off an AnnData; the arguments are those of :func:`scvae.fit`, `kind` that of the program."""
+    check_anndata(adata)
+    batch_keys = names_of("batch_key", batch_key)
+    batch: Key | None = tuple(batch_keys) if len(batch_keys) > 1 else batch_keys[0] if batch_keys else None
     image_shape = None
     if image_key is not None:
         if use_rep is not None or layer is not None or mask_var not in (None, "auto"):
@@ -50,20 +68,17 @@ def read_schema(
         raise ValueError("use_rep takes the place of layer and mask_var: pass it, or them.")
     else:
         genes = _representation(adata, use_rep).columns
-    categories = {}
-    for key in dict.fromkeys(([] if batch_key is None else [batch_key]) + _list(categorical_covariate_keys)):
-        column = _column(adata, key)
-        if isinstance(column.dtype, pd.CategoricalDtype):
-            names = [str(c) for c in column.cat.remove_unused_categories().cat.categories]
-        else:
-            names = sorted(column.astype(str).unique())
+    categories: dict[Key, tuple[Any, ...]] = {}
+    others = names_of("categorical_covariate_keys", categorical_covariate_keys)
+    for key in others if batch is None else [batch, *others]:
+        _, names = _named(adata, key)
         if len(names) == 1:
             warnings.warn(
-                f"adata.obs[{key!r}] has the single category {names[0]!r}, so it explains nothing.", stacklevel=3
+                f"{where_of(key)} has the single category {name_of(names[0])!r}, so it explains nothing.", stacklevel=3
             )
         categories[key] = tuple(names)
     continuous = {}
-    for key in _list(continuous_covariate_keys):
+    for key in names_of("continuous_covariate_keys", continuous_covariate_keys):
         values = _numbers(adata, key)
         if values.min() == values.max():
             warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
@@ -75,7 +90,7 @@ def read_schema(
         use_rep=use_rep,
         image_key=image_key,
         image_shape=image_shape,
-        batch_key=batch_key,
+        batch_key=batch,
         size_factor_key=size_factor_key,
         categories=categories,
         continuous=continuous,
@@ -90,6 +105,7 @@ def read_cells(
     device: torch.device | str = "cpu",
     unknown_batch: str = "error",
     missing_genes: str = "error",
+    mask_var: str | None = None,
 ) -> Cells:
     """Read and check an AnnData, which is left as it is.
 
@@ -106,6 +122,8 @@ def read_cells(
         leaves the covariate of such cells out.
     missing_genes
         What to do if genes of the model are missing: ``"error"``, or ``"zero"``.
+    mask_var
+        By what the genes were chosen, for a message; None where they are those of a fitted model.
 
     Raises
     ------
@@ -115,12 +133,11 @@ def read_cells(
         If counts or covariates are not what a count model can be given; the message names the first cells
         or genes that are at fault.
     """
+    check_anndata(adata)
     if adata.n_obs == 0:
         raise ValueError("The AnnData has no cells.")
-    if unknown_batch not in ("error", "ignore"):
-        raise ValueError(f"unknown_batch is 'error' or 'ignore', not {unknown_batch!r}.")
-    if missing_genes not in ("error", "zero"):
-        raise ValueError(f"missing_genes is 'error' or 'zero', not {missing_genes!r}.")
+    one_of("unknown_batch", unknown_batch, ("error", "ignore"))
+    one_of("missing_genes", missing_genes, ("error", "zero"))
     codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
     for i, (key, names) in enumerate(schema.categories.items()):
         codes[:, i] = _codes(adata, key, names, unknown_batch)
@@ -131,9 +148,9 @@ def read_cells(
     if schema.size_factor_key is not None:
         size_factor = _numbers(adata, schema.size_factor_key)
         if (size_factor <= 0).any():
-            cells = adata.obs_names[size_factor <= 0]
             raise ValueError(
-                f"adata.obs[{schema.size_factor_key!r}] is not positive in {some(cells, 'cell')}: leave them out."
+                f"adata.obs[{schema.size_factor_key!r}] is not positive in "
+                f"{_these(adata, size_factor <= 0, 'leave them out')}."
             )
     if schema.image_key is not None:
         images, where = _images(adata, schema.image_key), f"adata.obsm[{schema.image_key!r}]"
@@ -143,14 +160,29 @@ def read_cells(
             )
         matrix, names = images.reshape(len(images), -1), pd.Index(schema.genes)
     elif schema.use_rep is None:
-        matrix, where = _matrix(adata, schema.layer)
+        matrix, where = matrix_of(adata, schema.layer)
         names = adata.var_names.astype(str)
     else:
         frame, where = _representation(adata, schema.use_rep), f"adata.obsm[{schema.use_rep!r}]"
         matrix, names = frame.to_numpy(), frame.columns
-    counts = _csr(matrix, _columns(names, schema.genes, missing_genes))
+    columns = _columns(names, schema.genes, missing_genes, adata)
+    if columns is not None:
+        _warn_of_few(columns, schema.genes, adata)
+    counts = _csr(matrix, columns)
     _check_values(counts, adata, schema, where)
+    if schema.kind == "counts" and schema.image_key is None:
+        _check_not_empty(counts, adata, schema, where, mask_var)
     return Cells(counts, codes, continuous, schema, size_factor, device)
+
+
+def counts_of(
+    adata: AnnData, *, layer: str | None = None, mask_var: str | None = "auto", schema: Schema | None = None
+) -> sparse.csr_matrix:
+    """Return the counts of the genes of a layer that are marked, or of those that a schema names, unchecked."""
+    if schema is None:
+        return _csr(matrix_of(adata, layer)[0], np.flatnonzero(_gene_mask(adata, mask_var)))
+    columns = _columns(adata.var_names.astype(str), schema.genes, "zero", adata)
+    return _csr(matrix_of(adata, schema.layer)[0], columns)
 
 
 def some(names: Any, what: str = "") -> str:
@@ -160,25 +192,60 @@ def some(names: Any, what: str = "") -> str:
     return f"{len(names)} {what}{'s' if len(names) > 1 else ''} ({shown})" if what else shown
 
 
-def _list(keys: str | Sequence[str]) -> list[str]:
-    return [keys] if isinstance(keys, str) else list(keys)
+def column_of(adata: AnnData, key: str | int) -> pd.Series:
+    """Return a column of ``.obs`` without missing values.
 
-
-def _column(adata: AnnData, key: str) -> pd.Series:
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If it is there twice, or is missing in some cells.
+    """
     if key not in adata.obs:
         raise KeyError(f"adata.obs has no column {key!r}; it has {some(adata.obs.columns) or 'none'}.")
     column = adata.obs[key]
+    if isinstance(column, pd.DataFrame):
+        raise ValueError(
+            f"adata.obs has {column.shape[1]} columns of the name {key!r}: keep one, "
+            "adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]."
+        )
     missing = column.isna().to_numpy()
     if missing.any():
         raise ValueError(
-            f"adata.obs[{key!r}] is missing (NaN) in {some(adata.obs_names[missing], 'cell')}: fill it in, or leave "
-            "those cells out."
+            f"adata.obs[{key!r}] is missing (NaN) in "
+            f"{_these(adata, missing, 'fill it in, or leave those cells out', 'fill it in, or name another column')}."
         )
     return column
 
 
+def _these(adata: AnnData, cells: np.ndarray, remedy: str, remedy_of_all: str = "name another column") -> str:
+    """Return which cells are at fault and what to do, for a message."""
+    if cells.all():
+        return f"all {len(cells)} cells: {remedy_of_all}"
+    return f"{some(adata.obs_names[cells], 'cell')}: {remedy}"
+
+
+def where_of(key: Key) -> str:
+    """Return what a covariate is called in a message."""
+    return f"adata.obs[{list(key) if isinstance(key, tuple) else key!r}]"
+
+
+def categories_of(adata: AnnData, key: Key) -> np.ndarray:
+    """Return the name of each cell's category, or combination of several, ``[n_cells]``, text."""
+    codes, names = _named(adata, key)
+    return np.array(list(map(name_of, names)), dtype=object)[codes]
+
+
+def _named(adata: AnnData, key: Key) -> tuple[np.ndarray, list[Any]]:
+    """Return the codes and names of a covariate, or of the combinations of several."""
+    if isinstance(key, tuple):
+        return combined([named(column_of(adata, each), where_of(each)) for each in key], where_of(key))
+    return named(column_of(adata, key), where_of(key))
+
+
 def _numbers(adata: AnnData, key: str) -> np.ndarray:
-    column = _column(adata, key)
+    column = column_of(adata, key)
     if not pd.api.types.is_numeric_dtype(column):
         raise ValueError(
             f"adata.obs[{key!r}] is not numeric ({column.dtype}): convert it, or name it as a categorical covariate."
@@ -186,20 +253,21 @@ def _numbers(adata: AnnData, key: str) -> np.ndarray:
     values = column.to_numpy(dtype=np.float64)
     infinite = ~np.isfinite(values)
     if infinite.any():
-        raise ValueError(f"adata.obs[{key!r}] is not finite in {some(adata.obs_names[infinite], 'cell')}.")
+        raise ValueError(f"adata.obs[{key!r}] is not finite in {_these(adata, infinite, 'leave those cells out')}.")
     return values
 
 
-def _codes(adata: AnnData, key: str, names: Sequence[str], unknown: str) -> np.ndarray:
-    column = _column(adata, key).astype(str)
-    codes = pd.Categorical(column, categories=list(names)).codes
-    new = sorted(set(column[codes < 0]))
+def _codes(adata: AnnData, key: Key, known: Sequence[Any], unknown: str) -> np.ndarray:
+    """Return the code of each cell among the categories that a model knows, -1 for others."""
+    codes, names = _named(adata, key)
+    places = {name: i for i, name in enumerate(known)}
+    new = [name_of(name) for name in names if name not in places]
     if new and unknown == "error":
         raise ValueError(
-            f"adata.obs[{key!r}] has categories that the model was not fitted to: {some(new)}; it knows "
-            f"{some(names)}. Pass unknown_batch='ignore' to embed such cells without it."
+            f"{where_of(key)} has categories that the model was not fitted to: {some(new)}; it knows "
+            f"{some(map(name_of, known))}. Pass unknown_batch='ignore' to take such cells without it."
         )
-    return codes
+    return np.array([places.get(name, -1) for name in names], dtype=np.int64)[codes]
 
 
 def _gene_mask(adata: AnnData, mask_var: str | None) -> np.ndarray:
@@ -210,8 +278,15 @@ def _gene_mask(adata: AnnData, mask_var: str | None) -> np.ndarray:
     if mask_var not in adata.var:
         raise KeyError(f"adata.var has no column {mask_var!r}; it has {some(adata.var.columns) or 'none'}.")
     mask = adata.var[mask_var]
+    if isinstance(mask, pd.DataFrame):
+        raise ValueError(f"adata.var has {mask.shape[1]} columns of the name {mask_var!r}: keep one of them.")
     if mask.isna().any() or not mask.isin([True, False]).all():
-        raise ValueError(f"adata.var[{mask_var!r}] is not a column of True and False.")
+        column = f"adata.var[{mask_var!r}]"
+        holds = "missing values, as after a concatenation" if mask.isna().any() else f"values such as {mask.iloc[0]!r}"
+        raise ValueError(
+            f"{column} is not a column of True and False; it holds {holds}. Take what says true: "
+            f"{column} = {column}.astype(str).str.lower() == 'true'. Or model all genes, mask_var=None."
+        )
     return mask.to_numpy(dtype=bool)
 
 
@@ -261,7 +336,7 @@ def _images(adata: AnnData, image_key: str) -> np.ndarray:
     return images
 
 
-def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str) -> np.ndarray | None:
+def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str, adata: AnnData) -> np.ndarray | None:
     """Column of each gene, -1 where it is missing; None where the columns are the genes."""
     if len(names) == len(genes) and (names == np.asarray(genes)).all():
         return None
@@ -269,8 +344,14 @@ def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str) -> np.nd
     _check_unique(names[wanted])
     found = np.flatnonzero(wanted)
     columns = pd.Series(found, index=names[wanted]).reindex(list(genes)).fillna(-1).to_numpy(dtype=np.int64)
-    if (columns < 0).any() and missing_genes == "error":
-        missing = np.asarray(genes)[columns < 0]
+    missing = np.asarray(genes)[columns < 0]
+    if len(missing) == len(genes):
+        raise ValueError(
+            f"None of the {len(genes)} genes of the model is in the AnnData, "
+            + (f"whose genes are called {some(names)}, " if len(names) else "which has none, ")
+            + f"those of the model {some(genes)}: ids or symbols? {_other_names(adata, genes)}"
+        )
+    if len(missing) and missing_genes == "error":
         raise ValueError(
             f"The AnnData lacks {some(missing, 'gene')} of the {len(genes)} that the model was fitted to. Pass "
             "missing_genes='zero' to take their counts for 0."
@@ -278,11 +359,33 @@ def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str) -> np.nd
     return columns
 
 
-def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+def _warn_of_few(columns: np.ndarray, genes: Sequence[str], adata: AnnData) -> None:
+    n_here = int((columns >= 0).sum())
+    if 2 * n_here < len(genes):
+        warnings.warn(
+            f"The AnnData has only {n_here} of the {len(genes)} genes of the model; the others are taken for 0, and "
+            f"what the model says of these cells means little. {_other_names(adata, genes)}",
+            stacklevel=5,
+        )
+
+
+def _other_names(adata: AnnData, genes: Sequence[str]) -> str:
+    """Return how to rename the genes, if a column of ``.var`` has the names that are wanted."""
+    best, n_best = "", 0
+    for column in adata.var.columns if adata.var.columns.is_unique else ():
+        n_known = int(adata.var[column].astype(str).isin(genes).sum())
+        best, n_best = (column, n_known) if n_known > n_best else (best, n_best)
+    if 2 * n_best < len(genes):
+        return "Rename them, adata.var_names = …, to what the model calls them."
+    return f"Rename them: adata.var_names = adata.var[{best!r}].astype(str); adata.var_names_make_unique()."
+
+
+def matrix_of(adata: AnnData, layer: str | None) -> tuple[Any, str]:
+    """Return the matrix of values, and what it is called in a message."""
     if layer is None:
         matrix, where = adata.X, "adata.X"
         if matrix is None:
-            raise ValueError("adata.X is empty: name the layer that holds the counts, layer=….")
+            raise ValueError(f"adata.X is empty: name the layer that holds the counts, layer=….{_in_raw(adata)}")
     else:
         if layer not in adata.layers:
             raise KeyError(f"adata.layers has no {layer!r}; it has {some(adata.layers.keys()) or 'none'}.")
@@ -290,6 +393,34 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if matrix.dtype.kind not in "biuf":
         raise ValueError(f"{where} is not numeric ({matrix.dtype}): name the layer that holds the counts, layer=….")
     return matrix, where
+
+
+def _in_raw(adata: AnnData) -> str:
+    """Return how to get at counts that are in ``.raw``, if they are there."""
+    if adata.raw is None or not _are_whole(adata.raw.X):
+        return ""
+    if adata.var_names.isin(adata.raw.var_names).all():
+        line = "adata.layers['counts'] = adata.raw[:, adata.var_names].X, and pass layer='counts'"
+    else:
+        line = "adata = adata.raw.to_adata()"
+    return f" Whole numbers are in adata.raw: {line}."
+
+
+def _are_whole(matrix: Any) -> bool:
+    """Whether the first values of a matrix are counts."""
+    some_rows = matrix[: max(1, 100_000 // max(1, matrix.shape[1]))]
+    values = some_rows.data if sparse.issparse(some_rows) else np.asarray(some_rows)
+    return (
+        values.dtype.kind in "biuf" and bool(np.all((values >= 0) & (values == np.rint(values)))) and bool(values.any())
+    )
+
+
+def rows_of(matrix: Any, rows: np.ndarray) -> Any:
+    """Return some rows of any kind of matrix, in memory, as CSR or dense."""
+    if getattr(matrix, "format", None) == "csc" and not sparse.issparse(matrix):
+        matrix = matrix.to_memory()
+    chosen = matrix[np.flatnonzero(rows)]
+    return chosen.compute() if hasattr(chosen, "compute") else chosen
 
 
 def _csr(matrix: Any, columns: np.ndarray | None) -> sparse.csr_matrix:
@@ -302,7 +433,8 @@ def _csr(matrix: Any, columns: np.ndarray | None) -> sparse.csr_matrix:
         blocks = [sparse.csr_matrix(_choose(_storable(block), columns)) for block in _blocks(matrix)]
         counts = blocks[0] if len(blocks) == 1 else sparse.vstack(blocks, format="csr")
     if not counts.has_canonical_format or not counts.data.all():
-        counts = counts.copy()
+        # Repeated entries are added up in a type that holds their sum.
+        counts = counts.astype(np.int64 if counts.dtype.kind in "biu" else np.float64, copy=True)
         counts.sum_duplicates()
         counts.eliminate_zeros()
     return counts
@@ -350,6 +482,8 @@ def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, whe
         faults["negative values"] = lambda x: x < 0
     if kind == "f" and schema.kind == "counts" and schema.check_counts:
         faults["values that are not whole numbers"] = lambda x: x != np.rint(x)
+    if kind in "iuf" and counts.dtype.itemsize > 2:
+        faults["values that are too large for single precision"] = lambda x: np.abs(x.astype(np.float64)) > _LARGEST
     for what, is_wrong in faults.items():
         first: list[int] = []
         n_wrong = 0
@@ -370,13 +504,36 @@ def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, whe
                 remedy = "Divide the images by their largest value, or model other pixels, pixels=…."
             if schema.kind == "real" or (schema.kind == "unit" and "NaN" in what):
                 remedy = "Fill them in, or leave those cells out."
+            if "large" in what:
+                remedy = f"Numbers are taken up to {_LARGEST:.3g}: look at those cells, or change the units."
+            elif schema.kind == "counts" and schema.image_key is None and schema.layer is None:
+                remedy += _in_raw(adata)
             raise ValueError(f"{where} holds {what}, {n_wrong} of them, the first: {at}. {remedy}")
-    if schema.kind != "counts" or schema.image_key is not None:
-        return
-    empty = np.diff(counts.indptr) == 0
-    if empty.any():
-        raise ValueError(
-            f"{where} is empty in {some(adata.obs_names[empty], 'cell')}: none of the {len(schema.genes)} genes that "
-            "are modelled has a count there. Leave such cells out, with scanpy.pp.filter_cells(adata, min_counts=1), "
-            "or model more genes, with mask_var=None."
+    if schema.kind == "counts" and counts.nnz and counts.data.max() > _LARGEST_WHOLE:
+        k = int(counts.data.argmax())
+        cell = adata.obs_names[np.searchsorted(counts.indptr, k, side="right") - 1]
+        warnings.warn(
+            f"{where} holds counts above {_LARGEST_WHOLE:,}, the largest {counts.data[k]} in cell {cell!r}, {feature} "
+            f"{schema.genes[counts.indices[k]]!r}: single precision rounds them to some seven digits.",
+            stacklevel=4,
         )
+
+
+def _check_not_empty(
+    counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str, mask_var: str | None
+) -> None:
+    empty = np.diff(counts.indptr) == 0
+    if not empty.any():
+        return
+    if empty.all():
+        raise ValueError(
+            f"{where} is empty in all {len(empty)} cells: none of the {len(schema.genes)} genes that are modelled has "
+            "a count in any. Name the layer that holds the counts, layer=…, or model other genes, mask_var=…."
+        )
+    layer = "" if schema.layer is None else f", layer={schema.layer!r}"
+    of = ", model=model" if mask_var is None else f"{layer}, mask_var={mask_var!r}"
+    raise ValueError(
+        f"{where} is empty in {some(adata.obs_names[empty], 'cell')}: none of the {len(schema.genes)} genes that are "
+        f"modelled has a count there. Leave such cells out, adata = adata[scvae.pp.has_counts(adata{of})].copy()"
+        + (", or model more genes, mask_var=None." if mask_var is not None else ".")
+    )

@@ -11,10 +11,7 @@ over the prior, which shows why the guide is needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -25,18 +22,7 @@ from torch.distributions import kl_divergence
 from scvae.data.cells import Batch
 from scvae.programs.program import Program
 
-__all__ = ["elbo", "elbo_terms", "importance_weighted", "prior_monte_carlo", "unchecked"]
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Pyro's and torch's checks of distributions off within the block: what they find, the loss shows too."""
-    default = torch.distributions.Distribution._validate_args  # which Pyro would set to its own when it restores
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(default)
+__all__ = ["elbo", "elbo_terms", "importance_weighted", "prior_monte_carlo"]
 
 
 def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

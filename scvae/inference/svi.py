@@ -7,23 +7,27 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from time import perf_counter
+from typing import Annotated, ClassVar
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
+from scvae.boundary.process import seeded, unchecked
 from scvae.data.cells import Cells, n_minibatches
-from scvae.inference.devices import seeded
-from scvae.inference.evidence import elbo_terms, unchecked
+from scvae.inference.evidence import elbo_terms
 from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
 from scvae.programs.program import Program
 
-__all__ = ["NonFiniteLoss", "Training", "train"]
+__all__ = ["Course", "NonFiniteLoss", "Training", "train"]
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Options):
     """How a program is trained; the defaults were chosen by experiment (``tests/benchmarks/defaults.md``).
 
     Parameters
@@ -54,22 +58,23 @@ class Training:
         Steps at least, for which small data are passed through more often, where `max_epochs` is not given.
     """
 
-    max_epochs: int | None = None
-    batch_size: int = 128
-    learning_rate: float = 1e-2
-    weight_decay: float = 1.2
-    kl_weight: float = 1.0
-    kl_warmup: float = 0.3
-    validation_fraction: float = 0.0
-    patience: int = 10
-    min_steps: int = 500
+    max_epochs: Whole | None = None
+    batch_size: Annotated[int, Range(2)] = 128
+    learning_rate: Positive = 1e-2
+    weight_decay: NonNegative = 1.2
+    kl_weight: NonNegative = 1.0
+    kl_warmup: Annotated[float, Range(0, 1)] = 0.3
+    validation_fraction: Fraction = 0.0
+    patience: Whole = 10
+    min_steps: Whole = 500
 
-    default_epochs, max_steps = 4, 1500
-    full_decay_cells = 1500
-    n_evaluations = 50
-    max_validation_cells = 2048
-    settled_at = (0.05, 0.15, 0.3)  # fractions of the steps
-    max_settling_cells = 2048
+    default_epochs: ClassVar[int] = 4
+    max_steps: ClassVar[int] = 1500
+    full_decay_cells: ClassVar[int] = 1500
+    n_evaluations: ClassVar[int] = 50
+    max_validation_cells: ClassVar[int] = 2048
+    settled_at: ClassVar[tuple[float, ...]] = (0.05, 0.15, 0.3)  # fractions of the steps
+    max_settling_cells: ClassVar[int] = 2048
 
     def decay(self, n_cells: int) -> float:
         """Return the rate of the weight decay for so many training cells."""
@@ -94,22 +99,33 @@ class Training:
         t = torch.arange(1, n_steps + 1, dtype=torch.float64) / max(1.0, self.kl_warmup * n_steps)
         return (self.kl_weight * t.clamp(max=1)).float()
 
-    def __post_init__(self) -> None:
-        allowed = {
-            "max_epochs, at least 1": self.max_epochs is None or self.max_epochs >= 1,
-            "batch_size, at least 2": self.batch_size >= 2,
-            "learning_rate, above 0": self.learning_rate > 0,
-            "weight_decay, 0 or more": self.weight_decay >= 0,
-            "kl_weight, 0 or more": self.kl_weight >= 0,
-            "kl_warmup, from 0 to 1": 0 <= self.kl_warmup <= 1,
-            "validation_fraction, from 0 to below 1": 0 <= self.validation_fraction < 1,
-            "patience, at least 1": self.patience >= 1,
-            "min_steps, at least 1": self.min_steps >= 1,
-        }
-        for what, is_met in allowed.items():
-            if not is_met:
-                name, bound = what.split(", ")
-                raise ValueError(f"{name} is {bound}, not {getattr(self, name)}.")
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """How a training went.
+
+    Parameters
+    ----------
+    history
+        A row for each evaluation: ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with validation,
+        ``validation_elbo``, in nats per cell, the training ones averaged since the evaluation before; and what the
+        program monitors, by name.
+    stopped
+        Why the training ended: ``"finished"``, ``"early"`` or ``"interrupted"`` (Ctrl-C).
+    n_cells
+        How many cells there were, those held out counted in.
+    n_steps, n_planned
+        Steps that were taken, and those that were to be taken at most.
+    seconds
+        That it took.
+    """
+
+    history: pd.DataFrame
+    stopped: str
+    n_cells: int
+    n_steps: int
+    n_planned: int
+    seconds: float
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -120,23 +136,22 @@ class NonFiniteLoss(FloatingPointError):
         self.step, self.site, self.rows = step, site, rows
 
 
-def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> dict[str, list]:
+def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> Course:
     """Maximise the ELBO by stochastic gradient ascent, and leave the program with the best weights found.
 
     Ctrl-C ends the training as an early stop does.
 
     Returns
     -------
-    dict
-        ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with validation, ``validation_elbo``: at each evaluation,
-        nats per cell, the training ones averaged since the evaluation before; and what the program monitors, by name.
-        ``stopped``: why training ended.
+    Course
+        The history, and why the training ended.
 
     Raises
     ------
     NonFiniteLoss
         If the loss is NaN or infinite; the weights are then of no use.
     """
+    start = perf_counter()
     held_out, rows = _split(cells, training)
     per_epoch = n_minibatches(len(rows), training.batch_size)
     n_steps = per_epoch * training.epochs(per_epoch)
@@ -202,8 +217,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     if not all(parameter.isfinite().all() for parameter in step.parameters):
         raise _fault(step, recent)
     program.eval()
-    history["stopped"] = [stopped]
-    return history
+    return Course(pd.DataFrame(history), stopped, len(cells), step.taken, n_steps, perf_counter() - start)
 
 
 def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-__all__ = ["by_column", "log_prob", "take_rows"]
+__all__ = ["are_compiled", "by_column", "log_prob", "take_rows"]
 
 _BLOCK = 256  # non-zeros taken at a time
 _N_FACTORS = 128  # of a product, which stays within single precision
@@ -389,3 +390,16 @@ def by_column(columns, offsets, values, n_columns):
             rows[place], sorted_values[place] = row, values[k]
             free[columns[k]] = place + 1
     return ends, rows, sorted_values
+
+
+def are_compiled() -> bool:
+    """Tell whether the loops were compiled before, in this process or by an earlier one that kept them on disk."""
+
+    def is_compiled(loop: Any) -> bool:
+        if loop.signatures:
+            return True
+        folder, source = loop.stats.cache_path, Path(__file__)
+        kept = [] if folder is None else Path(folder).glob(f"{source.stem}.{loop.py_func.__name__}-*.nbi")
+        return any(file.stat().st_mtime >= source.stat().st_mtime for file in kept)
+
+    return all(map(is_compiled, (log_prob, take_rows, by_column)))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["by_column", "log_prob", "take_rows"]
+__all__ = ["by_column", "log_prob", "loops_are_compiled", "take_rows"]
 
 _ENTRIES_A_THREAD = 2**19  # of a matrix; with fewer, waking a thread takes as long as it spares
 
@@ -96,3 +96,10 @@ def _log_prob(
 take_rows = torch.ops.scvae.take_rows.default
 by_column = torch.ops.scvae.by_column.default
 log_prob = torch.ops.scvae.log_prob.default
+
+
+def loops_are_compiled() -> bool:
+    """Tell whether the loops were compiled before; see :func:`scvae.kernels.loops.are_compiled`."""
+    from scvae.kernels import loops
+
+    return loops.are_compiled()

@@ -9,11 +9,12 @@ from pyro.distributions import Normal
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, softplus
 
+from scvae.boundary.options import one_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from scvae.modules.nets import Layers, LinearWithCovariates
 
-__all__ = ["CountDecoder", "RealDecoder", "one_of"]
+__all__ = ["CountDecoder", "RealDecoder"]
 
 
 class CountDecoder(nn.Module):
@@ -82,7 +83,8 @@ class CountDecoder(nn.Module):
         if isinstance(self.log_theta, LinearWithCovariates):
             theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
-            theta = self.log_theta[batch.s].exp()  # [n, G]
+            of_unknown = self.log_theta.mean(0, keepdim=True)  # of cells of a batch that is not known, -1
+            theta = torch.cat([self.log_theta, of_unknown])[batch.s].exp()  # type: ignore[list-item]  # [n, G]
         else:
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:
@@ -194,18 +196,6 @@ _GATE_START = -2.0  # a prior guess of 12 % dropout
 _LEAST_NOISE = 1e-3  # in units of the data's standard deviation
 _LEAST_UNIT = 1e-6
 _NOISE_START = 0.5413  # softplus: 1, all that varies
-
-
-def one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option.
-
-    Raises
-    ------
-    ValueError
-        If the value is none of those allowed.
-    """
-    if value not in allowed:
-        raise ValueError(f"{what} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
 
 
 def _log_fraction(totals: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from pyro.distributions import Bernoulli, GammaPoisson, Normal, Poisson, constra
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from scvae.boundary.options import one_of
 from scvae.data.cells import Cells, Schema
-from scvae.modules.decoders import one_of
 
 __all__ = ["PIXELS", "Pixels", "kind_of_pixels"]
 

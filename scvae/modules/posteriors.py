@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, Independent, register_kl
 from torch.nn.functional import softplus
 
+from scvae.boundary.options import one_of, whole
+
 __all__ = ["IAF", "POSTERIORS", "DiagonalNormal", "FullNormal", "LowRankNormal", "posterior_of"]
 
 
@@ -242,15 +244,12 @@ def posterior_of(name: str, n_in: int, n_latent: int, **options: int | None) -> 
     ValueError
         If there is no such family, or it has no such option.
     """
-    if name not in POSTERIORS:
-        raise ValueError(f"posterior is one of {', '.join(map(repr, POSTERIORS))}, not {name!r}.")
-    given = {key: value for key, value in options.items() if value is not None}
+    one_of("posterior", name, POSTERIORS)
+    given = {key: whole(key, value) for key, value in options.items() if value is not None}
     known = {"iaf": {"flow_depth", "flow_width"}, "iaf_stable": {"flow_depth", "flow_width"}}.get(name, set())
-    for key, value in given.items():
+    for key in given:
         if key not in known:
             raise ValueError(f"{key} says nothing about posterior={name!r}: it belongs to 'iaf' and 'iaf_stable'.")
-        if value < 1:
-            raise ValueError(f"{key} is at least 1, not {value}.")
     return POSTERIORS[name](n_in, n_latent, **given)
 
 

@@ -14,6 +14,7 @@ from pyro.distributions import Categorical, MixtureSameFamily, Normal, TorchDist
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from scvae.boundary.options import one_of, whole
 from scvae.data.cells import Cells
 from scvae.modules.em import GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
@@ -185,20 +186,18 @@ def prior_of(
     ValueError
         If there is no such prior, or it does not go with the posterior or with the number of components.
     """
-    if name not in PRIORS:
-        raise ValueError(f"prior is one of {', '.join(map(repr, PRIORS))}, not {name!r}.")
+    one_of("prior", name, PRIORS)
     if name == "normal":
         if n_components is not None:
             raise ValueError("n_components says nothing about prior='normal': it belongs to 'mixture' and 'vamp'.")
         return StandardNormal(n_latent)
-    if n_components is not None and n_components < 1:
-        raise ValueError(f"n_components is at least 1, not {n_components}.")
     if name == "vamp" and posterior.startswith("iaf"):
         raise ValueError(
             f"prior='vamp' evaluates the posterior of one cell where another cell's lies, which "
             f"posterior={posterior!r} can only do by inverting its flow, one dimension at a time. "
             "Take prior='mixture', or posterior='full'."
         )
+    n_components = None if n_components is None else whole("n_components", n_components)
     extra = {"n_in": n_in, "n_covariates": n_covariates} if name == "vamp" else {}
     return PRIORS[name](n_latent, **({} if n_components is None else {"n_components": n_components}), **extra)
 

@@ -21,16 +21,19 @@ Principal Component Analysis, Journal of the Royal Statistical Society B 61:611.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Any
+
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
+from scvae.boundary.options import Range
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.decoders import RealDecoder
 from scvae.modules.nets import Layers
-from scvae.modules.posteriors import posterior_of
-from scvae.modules.priors import prior_of
+from scvae.programs.options import LatentOptions, NoiseOptions
 from scvae.programs.program import Program
 
 __all__ = ["Gaussian"]
@@ -43,73 +46,42 @@ class Gaussian(Program):
     ----------
     schema
         The genes (or other features) and covariates of the data.
-    n_latent
-        Dimensions of ``z``.
-    n_hidden, n_layers
-        Width and number of the hidden layers of encoder and decoder; ``n_hidden=0`` makes both linear.
-    noise
-        ``sigma`` is learnt, one for each ``"gene"`` or one for all, ``"shared"``; or it is ``"fixed"``.
-    noise_scale
-        The fixed ``sigma``, in the units of the data.
-    encode_covariates
-        Whether the encoder sees the covariates too.
-    dropout_rate
-        Fraction of the encoder's hidden units that is dropped in training.
-    posterior, flow_depth, flow_width, prior, n_components
-        As in :class:`~scvae.programs.ZINB`.
+    **options
+        Those of :class:`Gaussian.Options`.
     """
 
     name = "gaussian"
     kind = "real"
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 10,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        noise: str = "gene",
-        noise_scale: float | None = None,
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-        posterior: str = "normal",
-        flow_depth: int | None = None,
-        flow_width: int | None = None,
-        prior: str = "normal",
-        n_components: int | None = None,
-    ) -> None:
-        super().__init__(
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            noise=noise,
-            noise_scale=noise_scale,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-            posterior=posterior,
-            flow_depth=flow_depth,
-            flow_width=flow_width,
-            prior=prior,
-            n_components=n_components,
-        )
-        if n_hidden == 0:
-            n_layers = 0
-        n_genes, n_covariates = len(schema.genes), schema.n_covariates if encode_covariates else 0
-        self.encode_covariates = encode_covariates
+    @dataclass(frozen=True, kw_only=True)
+    class Options(NoiseOptions, LatentOptions):
+        """Options of ``gaussian``.
+
+        Parameters
+        ----------
+        n_hidden
+            Width of the hidden layers; 0 makes encoder and decoder linear.
+        n_latent, n_layers, encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`.
+        posterior, flow_depth, flow_width, prior, n_components
+            As in :class:`~scvae.programs.options.LatentOptions`.
+        noise, noise_scale
+            As in :class:`~scvae.programs.options.NoiseOptions`.
+        """
+
+        n_hidden: Annotated[int, Range(0)] = 128
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        super().__init__(schema, **o.as_dict())
+        n_layers = o.n_layers if o.n_hidden else 0
+        n_genes, n_covariates = len(schema.genes), schema.n_covariates if o.encode_covariates else 0
+        self.encode_covariates = o.encode_covariates
         # Covariates go in as inputs too, which matters where there is no hidden layer to add them in.
-        self.encoder = Layers(n_genes + n_covariates, 0, n_hidden, n_layers, dropout_rate)
-        self.q_z = posterior_of(posterior, self.encoder.n_out, n_latent, flow_depth=flow_depth, flow_width=flow_width)
-        self.decoder = RealDecoder(schema, n_latent, n_hidden, n_layers, noise, noise_scale)
-        self.p_z = prior_of(
-            prior,
-            n_latent,
-            posterior=posterior,
-            n_components=n_components,
-            n_in=n_genes,
-            n_covariates=schema.n_covariates,
-        )
+        self.encoder = Layers(n_genes + n_covariates, 0, o.n_hidden, n_layers, o.dropout_rate)
+        self.q_z = o.make_posterior(self.encoder.n_out)
+        self.decoder = RealDecoder(schema, o.n_latent, o.n_hidden, n_layers, o.noise, o.noise_scale)
+        self.p_z = o.make_prior(n_genes, schema.n_covariates)
 
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean of each batch."""

@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -39,10 +40,11 @@ from pyro.distributions import Normal, TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
+from scvae.boundary.options import Whole
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions import MatrixNormal
-from scvae.modules.decoders import one_of
 from scvae.modules.pixels import Pixels, kind_of_pixels
+from scvae.programs.options import NetworkOptions
 from scvae.programs.program import Program
 
 __all__ = ["MatrixNormalVAE"]
@@ -55,21 +57,8 @@ class MatrixNormalVAE(Program):
     ----------
     schema
         The images and covariates of the data.
-    n_latent
-        Maps, ``N``. The embedding of a cell is all of them, row by row, ``N * d1 * d2`` numbers.
-    n_hidden
-        Channels of each convolution.
-    n_layers
-        Convolutions that halve height and width, odd ones rounded up: with 3, images of 28 x 28 pixels have maps of
-        4 x 4.
-    pixels
-        Likelihood of a pixel, ``"bernoulli"`` (values from 0 to 1), ``"gaussian"``, ``"poisson"`` or ``"nb"`` (counts).
-    posterior
-        ``"matrix_normal"``, ``"low_rank"`` or ``"normal"``, as above.
-    encode_covariates
-        Whether the encoder sees the covariates too.
-    dropout_rate
-        Fraction of the encoder's hidden units that is dropped in training.
+    **options
+        Those of :class:`MatrixNormalVAE.Options`.
 
     Raises
     ------
@@ -82,44 +71,50 @@ class MatrixNormalVAE(Program):
     latent = "F"
     defaults = {"min_steps": 1500, "weight_decay": 0.3, "kl_warmup": 0.1}
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 8,
-        n_hidden: int = 32,
-        n_layers: int = 3,
-        pixels: str = "bernoulli",
-        posterior: str = "matrix_normal",
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-    ) -> None:
-        super().__init__(
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            pixels=pixels,
-            posterior=posterior,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-        )
-        one_of("posterior", posterior, ("matrix_normal", "low_rank", "normal"))
-        for name, number in {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}.items():
-            if number < 1:
-                raise ValueError(f"{name} is at least 1, not {number}.")
+    @dataclass(frozen=True, kw_only=True)
+    class Options(NetworkOptions):
+        """Options of ``matrix_normal``.
+
+        Parameters
+        ----------
+        n_latent
+            Maps, ``N``. The embedding of a cell is all of them, row by row, ``N * d1 * d2`` numbers.
+        n_hidden
+            Channels of each convolution.
+        n_layers
+            Convolutions that halve height and width, odd ones rounded up: with 3, images of 28 x 28 pixels have maps
+            of 4 x 4.
+        pixels
+            Likelihood of a pixel, ``"bernoulli"`` (values from 0 to 1), ``"gaussian"``, ``"poisson"`` or ``"nb"``
+            (counts).
+        posterior
+            ``"matrix_normal"``, ``"low_rank"`` or ``"normal"``, as above.
+        encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`.
+        """
+
+        n_latent: Whole = 8
+        n_hidden: Whole = 32
+        n_layers: Whole = 3
+        pixels: Literal["bernoulli", "gaussian", "poisson", "nb"] = "bernoulli"
+        posterior: Literal["matrix_normal", "low_rank", "normal"] = "matrix_normal"
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        super().__init__(schema, **o.as_dict())
+        n_latent, n_hidden, n_layers, posterior = o.n_latent, o.n_hidden, o.n_layers, o.posterior
         n_channels, height, width = schema.channels
         if n_layers > (most := (max(height, width) - 1).bit_length()):
             raise ValueError(f"n_layers={n_layers}: images of {height} x {width} pixels can be halved {most} times.")
         self.posterior, self.n_maps = posterior, n_latent
-        self.n_encoded = schema.n_covariates if encode_covariates else 0
+        self.n_encoded = schema.n_covariates if o.encode_covariates else 0
         sizes = [(height, width)]
         for _ in range(n_layers):
             sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
         self.d1, self.d2 = sizes[-1]
 
-        self.pixels = Pixels(pixels, schema)
-        self.encoder = _Encoder(n_channels, self.n_encoded, n_hidden, n_layers, dropout_rate)
+        self.pixels = Pixels(o.pixels, schema)
+        self.encoder = _Encoder(n_channels, self.n_encoded, n_hidden, n_layers, o.dropout_rate)
         of_mean = self.d1 + self.d2 if posterior == "low_rank" else self.d1 * self.d2
         of_scale = self.d1 * self.d2 if posterior == "normal" else self.d1 + self.d2
         self.widths = [of_mean, of_scale]  # numbers of each map

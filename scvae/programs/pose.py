@@ -37,7 +37,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pyro
 import torch
@@ -45,14 +46,13 @@ from pyro.distributions import Categorical, Normal, TorchDistribution, Uniform
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from scvae.boundary.options import Flag, Positive, Range, Whole
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions.circle import WrappedNormal, wrapped
-from scvae.modules.decoders import one_of
 from scvae.modules.nets import Layers
 from scvae.modules.pixels import Pixels, kind_of_pixels
 from scvae.modules.poses import CoordinateDecoder, MapDecoder, grid, look_up, to_object, turned
-from scvae.modules.posteriors import posterior_of
-from scvae.modules.priors import prior_of
+from scvae.programs.options import LatentOptions
 from scvae.programs.program import Program
 
 __all__ = ["Pose"]
@@ -65,32 +65,8 @@ class Pose(Program):
     ----------
     schema
         The images and covariates of the data.
-    n_latent
-        Dimensions of ``z``, the content.
-    n_hidden, n_layers
-        Width and number of the hidden layers of encoders and decoder.
-    pixels
-        Likelihood of a pixel, ``"bernoulli"`` (values from 0 to 1), ``"gaussian"``, ``"poisson"`` or ``"nb"`` (counts).
-    rotate, translate
-        Whether there are an angle and a shift at all.
-    angle_scale
-        Standard deviation of the prior of the angle, radians; None for a prior that is uniform on the circle.
-    shift_scale
-        Standard deviation of the prior of the shift, in units of half of the longer side of the image.
-    encoder
-        ``"rotations"``: as above. ``"plain"``: one network answers all at once.
-    n_rotations
-        Angles by which the image is turned for the first: spread over the circle, or over four standard deviations to
-        either side of a normal prior that is narrower than that.
-    decoder
-        ``"map"``: ``a`` is an image, an output of a network, between whose pixels one interpolates. ``"coordinates"``:
-        a network of the coordinates, as in the paper, which is run for each pixel and takes many times as long.
-    encode_covariates
-        Whether the encoder sees the covariates too.
-    dropout_rate
-        Fraction of the encoders' hidden units that is dropped in training.
-    posterior, flow_depth, flow_width, prior, n_components
-        Of ``z``, as in :class:`~scvae.programs.ZINB`.
+    **options
+        Those of :class:`Pose.Options`.
     """
 
     name = "pose"
@@ -99,81 +75,73 @@ class Pose(Program):
     #: one that weighs less is better with some data and worse with others.
     defaults = {"min_steps": 1400, "learning_rate": 3e-3, "weight_decay": 0.1, "kl_warmup": 0.0}
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 10,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        pixels: str = "bernoulli",
-        rotate: bool = True,
-        translate: bool = True,
-        angle_scale: float | None = None,
-        shift_scale: float = 0.1,
-        encoder: str = "rotations",
-        n_rotations: int = 8,
-        decoder: str = "map",
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-        posterior: str = "normal",
-        flow_depth: int | None = None,
-        flow_width: int | None = None,
-        prior: str = "normal",
-        n_components: int | None = None,
-    ) -> None:
-        super().__init__(
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            pixels=pixels,
-            rotate=rotate,
-            translate=translate,
-            angle_scale=angle_scale,
-            shift_scale=shift_scale,
-            encoder=encoder,
-            n_rotations=n_rotations,
-            decoder=decoder,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-            posterior=posterior,
-            flow_depth=flow_depth,
-            flow_width=flow_width,
-            prior=prior,
-            n_components=n_components,
-        )
-        one_of("encoder", encoder, ("rotations", "plain"))
-        one_of("decoder", decoder, ("map", "coordinates"))
-        for name, scale in {"angle_scale": angle_scale, "shift_scale": shift_scale}.items():
-            if scale is not None and not 0 < scale < math.inf:
-                raise ValueError(f"{name} is a finite number above 0, not {scale}.")
-        if n_rotations < 2 or n_layers < 1:
-            raise ValueError("n_rotations is at least 2, and n_layers at least 1.")
+    @dataclass(frozen=True, kw_only=True)
+    class Options(LatentOptions):
+        """Options of ``pose``.
+
+        Parameters
+        ----------
+        pixels
+            Likelihood of a pixel, ``"bernoulli"`` (values from 0 to 1), ``"gaussian"``, ``"poisson"`` or ``"nb"``
+            (counts).
+        rotate, translate
+            Whether there are an angle and a shift at all.
+        angle_scale
+            Standard deviation of the prior of the angle, radians; None for a prior that is uniform on the circle.
+        shift_scale
+            Standard deviation of the prior of the shift, in units of half of the longer side of the image.
+        encoder
+            ``"rotations"``: as above. ``"plain"``: one network answers all at once.
+        n_rotations
+            Angles by which the image is turned for the first: spread over the circle, or over four standard deviations
+            to either side of a normal prior that is narrower than that.
+        decoder
+            ``"map"``: ``a`` is an image, an output of a network, between whose pixels one interpolates.
+            ``"coordinates"``: a network of the coordinates, as in the paper, which is run for each pixel and takes many
+            times as long.
+        n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`, ``z`` being the content.
+        posterior, flow_depth, flow_width, prior, n_components
+            As in :class:`~scvae.programs.options.LatentOptions`.
+        """
+
+        n_layers: Whole = 2
+        pixels: Literal["bernoulli", "gaussian", "poisson", "nb"] = "bernoulli"
+        rotate: Flag = True
+        translate: Flag = True
+        angle_scale: Positive | None = None
+        shift_scale: Positive = 0.1
+        encoder: Literal["rotations", "plain"] = "rotations"
+        n_rotations: Annotated[int, Range(2)] = 8
+        decoder: Literal["map", "coordinates"] = "map"
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        super().__init__(schema, **o.as_dict())
+        n_hidden, n_layers, dropout_rate = o.n_hidden, o.n_layers, o.dropout_rate
+        rotate, translate, angle_scale = o.rotate, o.translate, o.angle_scale
         self.rotate, self.translate, self.angle_scale = rotate, translate, angle_scale
         shape = _, height, width = schema.channels
         self.unit = max(height, width) / 2  # pixels
         n_pixels, n_covariates = math.prod(shape), schema.n_covariates
-        self.n_encoded = n_covariates if encode_covariates else 0
+        self.n_encoded = n_covariates if o.encode_covariates else 0
 
-        self.pixels = Pixels(pixels, schema)
-        self.searches = rotate and encoder == "rotations"
-        n_copies = n_rotations if self.searches else 1
+        self.pixels = Pixels(o.pixels, schema)
+        self.searches = rotate and o.encoder == "rotations"
+        n_copies = o.n_rotations if self.searches else 1
         self.encoder = Layers(n_pixels, self.n_encoded, n_hidden, n_layers, dropout_rate)
         self.reader = Layers(n_hidden, 0, n_hidden, 1, dropout_rate)
         self.finder = Layers(2 * n_hidden, 0, n_hidden, 1, dropout_rate)
         self.found = nn.Linear(n_hidden, _N_FOUND)
-        self.q_z = posterior_of(posterior, n_hidden, n_latent, flow_depth=flow_depth, flow_width=flow_width)
-        self.p_z = prior_of(
-            prior, n_latent, posterior=posterior, n_components=n_components, n_in=n_pixels, n_covariates=n_covariates
-        )
+        self.q_z = o.make_posterior(n_hidden)
+        self.p_z = o.make_prior(n_pixels, n_covariates)
         self.decoder: MapDecoder | CoordinateDecoder
         mass = self.pixels.mass if translate else None
-        if decoder == "map":
-            margin = math.ceil(shift_scale * max(height, width)) if translate else 0  # two standard deviations
-            self.decoder = MapDecoder(n_latent, n_covariates, shape, margin, n_hidden, n_layers, mass)
+        if o.decoder == "map":
+            margin = math.ceil(o.shift_scale * max(height, width)) if translate else 0  # two standard deviations
+            self.decoder = MapDecoder(o.n_latent, n_covariates, shape, margin, n_hidden, n_layers, mass)
         else:
-            self.decoder = CoordinateDecoder(n_latent, n_covariates, shape, n_hidden, n_layers, mass)
+            self.decoder = CoordinateDecoder(o.n_latent, n_covariates, shape, n_hidden, n_layers, mass)
 
         self.register_buffer("points", grid(height, width), persistent=False)  # [P, 2]
         turns = 2 * math.pi if angle_scale is None else min(2 * math.pi, _REACH * angle_scale)
@@ -184,7 +152,7 @@ class Pose(Program):
         self.register_buffer("places", places.view(1, -1, 2), persistent=False)  # [1, K * P, 2]
         self.register_buffer("evenly", torch.full((n_copies,), 1 / n_copies), persistent=False)
         self.register_buffer("zero", torch.zeros(()), persistent=False)
-        self.register_buffer("shift_scale", torch.full((2,), shift_scale), persistent=False)
+        self.register_buffer("shift_scale", torch.full((2,), o.shift_scale), persistent=False)
 
     points: Tensor
     angles: Tensor

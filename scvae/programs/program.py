@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from scvae.boundary.options import Options
 from scvae.data.cells import Batch, Cells, Schema
 
 __all__ = ["Program"]
@@ -33,6 +36,8 @@ class Program(nn.Module, ABC):
         saved as JSON.
     """
 
+    #: Options of the program, a frozen dataclass; a program that has none takes those that its ``__init__`` names.
+    Options: ClassVar[type[Options] | None] = None
     #: Name in the registry.
     name: ClassVar[str]
     #: What it models: ``"counts"``, ``"real"`` numbers, or numbers from 0 to 1, ``"unit"``.
@@ -44,10 +49,31 @@ class Program(nn.Module, ABC):
     #: Name of the site of the latent vector.
     latent: ClassVar[str] = "z"
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        if (own := cls.__dict__.get("Options")) is not None:
+            own.program = cls
+
     def __init__(self, schema: Schema, **options: Any) -> None:
         super().__init__()
         self.schema = schema
         self.options = options
+
+    @classmethod
+    def option_names(cls) -> list[str] | None:
+        """Return the names of the options; None of a program that takes any."""
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]  # after self and schema
+        named = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+        if len(named) == len(parameters):
+            return named
+        return None if cls.Options is None else [*named, *cls.Options.names()]
+
+    def changed_options(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        defaults = {each.name: each.default for each in inspect.signature(type(self).__init__).parameters.values()}
+        if self.Options is not None:
+            defaults |= {field.name: field.default for field in fields(self.Options)}
+        return {name: value for name, value in self.options.items() if defaults.get(name, inspect) != value}
 
     @classmethod
     def kind_of(cls, options: Mapping[str, Any]) -> str:
@@ -121,7 +147,7 @@ class Program(nn.Module, ABC):
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
         """Return further latents of each cell by name.
 
-        Numbers, ``[n]``, are written to ``.obs`` as ``scvae_<name>``, integers among them as categories; vectors,
-        ``[n, k]``, to ``.obsm`` as ``<key_added>_<name>``.
+        Numbers, ``[n]``, are written to ``.obs`` as ``scvae_<name>`` (or what `key_added` begins with in the place of
+        ``scvae``), integers among them as categories; vectors, ``[n, k]``, to ``.obsm`` as ``<key_added>_<name>``.
         """
         return {}

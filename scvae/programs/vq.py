@@ -35,7 +35,7 @@ appendix A.1.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -47,6 +47,7 @@ from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.codebook import Codebook
 from scvae.modules.decoders import CountDecoder, RealDecoder
 from scvae.modules.nets import Layers
+from scvae.programs.options import CodebookOptions, CountOptions, NoiseOptions
 from scvae.programs.program import Program
 
 __all__ = ["VQ", "VQGaussian"]
@@ -59,26 +60,8 @@ class VQ(Program):
     ----------
     schema
         The genes and covariates of the data.
-    n_latent
-        Dimensions of ``z``.
-    n_hidden, n_layers
-        Width and number of the hidden layers of encoder and decoder.
-    likelihood, dispersion
-        As in :class:`~scvae.programs.ZINB`; for real numbers there is :class:`VQGaussian`.
-    encode_covariates
-        Whether the encoder sees the covariates too.
-    dropout_rate
-        Fraction of the encoder's hidden units that is dropped in training.
-    n_codes
-        Vectors in each codebook, ``K``.
-    n_codebooks
-        Codebooks; divides `n_latent`.
-    commitment
-        ``beta``, 0 or more.
-    kmeans_start
-        Whether the codebook starts at the centres of k-means of the encodings of up to 4,096 cells, or at random.
-    restart
-        Whether a vector that stands for too few cells is put on the encoding of a cell that is far from its own.
+    **options
+        Those of :class:`VQ.Options`.
 
     Raises
     ------
@@ -88,70 +71,44 @@ class VQ(Program):
 
     name = "vq"
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 10,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        likelihood: str = "zinb",
-        dispersion: str = "gene",
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-        n_codes: int = 32,
-        n_codebooks: int = 1,
-        commitment: float = 0.25,
-        kmeans_start: bool = True,
-        restart: bool = True,
-    ) -> None:
-        super().__init__(
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            likelihood=likelihood,
-            dispersion=dispersion,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-            n_codes=n_codes,
-            n_codebooks=n_codebooks,
-            commitment=commitment,
-            kmeans_start=kmeans_start,
-            restart=restart,
-        )
-        self._join(CountDecoder(schema, n_latent, n_hidden, n_layers, likelihood, dispersion))
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CountOptions, CodebookOptions):
+        """Options of ``vq``.
+
+        Parameters
+        ----------
+        n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`.
+        n_codes, n_codebooks, commitment, kmeans_start, restart
+            As in :class:`~scvae.programs.options.CodebookOptions`.
+        likelihood, dispersion
+            As in :class:`~scvae.programs.options.CountOptions`.
+        """
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        super().__init__(schema, **o.as_dict())
+        self._join(o, CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion))
         self.library_kind = "observed"
         n_batches = len(schema.batches)
-        self.register_buffer("m", torch.zeros(n_batches))
-        self.register_buffer("v", torch.ones(n_batches))
+        self.register_buffer("m", torch.zeros(n_batches + 1))  # the last is for cells of a batch that is not known
+        self.register_buffer("v", torch.ones(n_batches + 1))
 
-    def _join(self, decoder: CountDecoder | RealDecoder) -> None:
-        """Make the encoder and the codebook that go with the decoder, of the options."""
-        options, schema = self.options, self.schema
-        self.commitment = options["commitment"]
-        if not self.commitment >= 0:
-            raise ValueError(f"commitment is 0 or more, not {self.commitment}.")
-        self.encoder = Layers(
-            len(schema.genes),
-            schema.n_covariates if options["encode_covariates"] else 0,
-            options["n_hidden"],
-            options["n_layers"],
-            options["dropout_rate"],
-            sparse_input=self.kind == "counts",
-        )
-        self.z_e = nn.Linear(self.encoder.n_out, options["n_latent"])
-        self.codebook = Codebook(
-            options["n_codes"], options["n_latent"], options["n_codebooks"], restart=options["restart"]
-        )
+    def _join(self, o: CodebookOptions, decoder: CountDecoder | RealDecoder) -> None:
+        """Make the encoder and the codebook that go with the decoder."""
+        n_genes, n_covariates = len(self.schema.genes), self.schema.n_covariates if o.encode_covariates else 0
+        is_sparse = self.kind == "counts"
+        self.commitment = o.commitment
+        self.encoder = Layers(n_genes, n_covariates, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=is_sparse)
+        self.z_e = nn.Linear(self.encoder.n_out, o.n_latent)
+        self.codebook = Codebook(o.n_codes, o.n_latent, o.n_codebooks, restart=o.restart)
         self.decoder = decoder
 
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean expression of each batch, and the codebook at the centres of k-means."""
         log_l = cells.library_size.log()
         s = self.schema.batch_of(cells.codes)
-        for i in range(len(self.schema.batches)):
-            own = log_l[s == i]
+        for i, own in enumerate([*(log_l[s == i] for i in range(len(self.schema.batches))), log_l]):
             self.m[i] = own.mean()
             self.v[i] = own.var(correction=0).clamp(min=_MIN_VARIANCE)
         self._start(cells)
@@ -231,51 +188,31 @@ class VQGaussian(VQ):
     ----------
     schema
         The genes (or other features) and covariates of the data.
-    noise, noise_scale
-        As in :class:`~scvae.programs.Gaussian`.
-    n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
-        As in :class:`VQ`.
-    n_codes, n_codebooks, commitment, kmeans_start, restart
-        As in :class:`VQ`.
+    **options
+        Those of :class:`VQGaussian.Options`.
     """
 
     name = "vq_gaussian"
     kind = "real"
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 10,
-        n_hidden: int = 128,
-        n_layers: int = 1,
-        noise: str = "gene",
-        noise_scale: float | None = None,
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-        n_codes: int = 32,
-        n_codebooks: int = 1,
-        commitment: float = 0.25,
-        kmeans_start: bool = True,
-        restart: bool = True,
-    ) -> None:
-        Program.__init__(
-            self,
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            noise=noise,
-            noise_scale=noise_scale,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-            n_codes=n_codes,
-            n_codebooks=n_codebooks,
-            commitment=commitment,
-            kmeans_start=kmeans_start,
-            restart=restart,
-        )
-        self._join(RealDecoder(schema, n_latent, n_hidden, n_layers, noise, noise_scale))
+    @dataclass(frozen=True, kw_only=True)
+    class Options(NoiseOptions, CodebookOptions):
+        """Options of ``vq_gaussian``.
+
+        Parameters
+        ----------
+        n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`.
+        n_codes, n_codebooks, commitment, kmeans_start, restart
+            As in :class:`~scvae.programs.options.CodebookOptions`.
+        noise, noise_scale
+            As in :class:`~scvae.programs.options.NoiseOptions`.
+        """
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        Program.__init__(self, schema, **o.as_dict())
+        self._join(o, RealDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.noise, o.noise_scale))
 
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean of each batch, and the codebook at the centres of k-means."""

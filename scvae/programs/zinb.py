@@ -25,7 +25,8 @@ Lopez, Regier, Cole, Jordan and Yosef 2018, Deep generative modeling for single-
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -33,11 +34,11 @@ from pyro.distributions import LogNormal, TorchDistribution
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from scvae.boundary.options import Whole
 from scvae.data.cells import Batch, Cells, Schema
-from scvae.modules.decoders import CountDecoder, one_of
+from scvae.modules.decoders import CountDecoder
 from scvae.modules.nets import Layers
-from scvae.modules.posteriors import posterior_of
-from scvae.modules.priors import prior_of
+from scvae.programs.options import CountOptions, LatentOptions
 from scvae.programs.program import Program
 
 __all__ = ["ZINB"]
@@ -50,30 +51,8 @@ class ZINB(Program):
     ----------
     schema
         The genes and covariates of the data.
-    n_latent
-        Dimensions of ``z``.
-    n_hidden, n_layers
-        Width and number of the hidden layers of encoder and decoder.
-    likelihood
-        ``"zinb"``, ``"nb"`` (no gate) or ``"poisson"`` (no gate, no dispersion).
-    dispersion
-        Inverse dispersion per ``"gene"``, ``"gene-batch"``, or ``"gene-cell"`` (an output of the decoder).
-    library
-        ``"latent"``: ``l`` as above. ``"observed"``: ``l`` is the cell's total. ``"size_factor"``: ``l`` is
-        proportional to the column named by ``size_factor_key``, scaled so that it has the mean of the totals.
-    encode_covariates
-        Whether the encoder sees the covariates too.
-    dropout_rate
-        Fraction of the encoder's hidden units that is dropped in training.
-    posterior
-        Family of ``q(z | x)``: ``"normal"``, ``"full"``, ``"low_rank"``, ``"iaf"`` or ``"iaf_stable"``
-        (:mod:`scvae.modules.posteriors`).
-    flow_depth, flow_width
-        Steps of an IAF posterior, and hidden units of each.
-    prior
-        ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.modules.priors`). The mixture clusters the cells.
-    n_components
-        Components of a mixture or VampPrior.
+    **options
+        Those of :class:`ZINB.Options`.
 
     Notes
     -----
@@ -83,65 +62,52 @@ class ZINB(Program):
 
     name = "zinb"
 
-    def __init__(
-        self,
-        schema: Schema,
-        *,
-        n_latent: int = 20,
-        n_hidden: int = 128,
-        n_layers: int = 2,
-        likelihood: str = "zinb",
-        dispersion: str = "gene",
-        library: str = "latent",
-        encode_covariates: bool = True,
-        dropout_rate: float = 0.0,
-        posterior: str = "normal",
-        flow_depth: int | None = None,
-        flow_width: int | None = None,
-        prior: str = "mixture",
-        n_components: int | None = None,
-    ) -> None:
-        super().__init__(
-            schema,
-            n_latent=n_latent,
-            n_hidden=n_hidden,
-            n_layers=n_layers,
-            likelihood=likelihood,
-            dispersion=dispersion,
-            library=library,
-            encode_covariates=encode_covariates,
-            dropout_rate=dropout_rate,
-            posterior=posterior,
-            flow_depth=flow_depth,
-            flow_width=flow_width,
-            prior=prior,
-            n_components=n_components,
-        )
-        one_of("library", library, ("latent", "observed", "size_factor"))
-        if library == "size_factor" and schema.size_factor_key is None:
+    @dataclass(frozen=True, kw_only=True)
+    class Options(CountOptions, LatentOptions):
+        """Options of ``zinb``.
+
+        Parameters
+        ----------
+        library
+            ``"latent"``: ``l`` as above. ``"observed"``: ``l`` is the cell's total. ``"size_factor"``: ``l`` is
+            proportional to the column named by ``size_factor_key``, scaled so that it has the mean of the totals.
+        n_latent, n_hidden, n_layers, encode_covariates, dropout_rate
+            As in :class:`~scvae.programs.options.NetworkOptions`.
+        posterior, flow_depth, flow_width, prior, n_components
+            As in :class:`~scvae.programs.options.LatentOptions`.
+        likelihood, dispersion
+            As in :class:`~scvae.programs.options.CountOptions`.
+        """
+
+        n_latent: Whole = 20
+        prior: Literal["normal", "mixture", "vamp"] = "mixture"
+        library: Literal["latent", "observed", "size_factor"] = "latent"
+
+    def __init__(self, schema: Schema, **options: Any) -> None:
+        o = self.Options(**options)
+        super().__init__(schema, **o.as_dict())
+        if o.library == "size_factor" and schema.size_factor_key is None:
             raise ValueError("library='size_factor' needs size_factor_key=…, the column of adata.obs that holds them.")
-        self.library_kind = library
+        self.library_kind = o.library
         n_genes, n_batches, n_covariates = len(schema.genes), len(schema.batches), schema.n_covariates
 
-        self.encoder = Layers(n_genes, n_covariates if encode_covariates else 0, n_hidden, n_layers, dropout_rate, True)
-        self.q_z = posterior_of(posterior, self.encoder.n_out, n_latent, flow_depth=flow_depth, flow_width=flow_width)
+        n_encoded = n_covariates if o.encode_covariates else 0
+        self.encoder = Layers(n_genes, n_encoded, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=True)
+        self.q_z = o.make_posterior(self.encoder.n_out)
         self.l_difference = nn.Linear(self.encoder.n_out, 1)
         self.l_scale = nn.Linear(self.encoder.n_out, 1)
-        self.decoder = CountDecoder(schema, n_latent, n_hidden, n_layers, likelihood, dispersion)
-        self.p_z = prior_of(
-            prior, n_latent, posterior=posterior, n_components=n_components, n_in=n_genes, n_covariates=n_covariates
-        )
+        self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion)
+        self.p_z = o.make_prior(n_genes, n_covariates)
 
-        self.register_buffer("m", torch.zeros(n_batches))
-        self.register_buffer("v", torch.ones(n_batches))
+        self.register_buffer("m", torch.zeros(n_batches + 1))  # the last is for cells of a batch that is not known
+        self.register_buffer("v", torch.ones(n_batches + 1))
         self.register_buffer("unit", torch.ones(()))  # library size of a cell whose size factor is 1
 
     def initialise(self, cells: Cells) -> None:
         """Set the prior of ``l`` and start the decoder at the mean expression of each batch."""
         log_l = cells.library_size.log()
         s = self.schema.batch_of(cells.codes)
-        for k in range(len(self.schema.batches)):
-            own = log_l[s == k]
+        for k, own in enumerate([*(log_l[s == k] for k in range(len(self.schema.batches))), log_l]):
             self.m[k] = own.mean()
             self.v[k] = own.var(correction=0).clamp(min=_MIN_VARIANCE)
         if cells.size_factor is not None:

@@ -3,3 +3,7 @@
 from scvae.tl.clustering import cluster
 
 __all__ = ["cluster"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,12 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.keys import check_key
+from scvae.boundary.options import Range, one_of, real, seed_of, whole
+from scvae.boundary.process import alone, device_of
 from scvae.data.reading import some
 from scvae.fitted import _own
-from scvae.inference.devices import device_of
 from scvae.modules.em import EM, GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["cluster"]
@@ -100,27 +104,21 @@ def cluster(
     >>> adata.obsm["cluster_probability"].shape
     (200, 3)
     """
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
-    if adata.isbacked and adata.is_view:
-        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
-    if method not in ("mixture", "kmeans"):
-        raise ValueError(f"method is 'mixture' or 'kmeans', not {method!r}.")
-    if covariance not in ("full", "diagonal"):
-        raise ValueError(f"covariance is 'full' or 'diagonal', not {covariance!r}.")
-    for name, value in {"n_clusters": n_clusters, "n_starts": n_starts, "max_iter": max_iter}.items():
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise ValueError(f"{name} is a whole number of at least 1, not {value!r}.")
+    check_anndata(adata, to_write=True)
+    method = one_of("method", method, ("mixture", "kmeans"))
+    covariance = one_of("covariance", covariance, ("full", "diagonal"))
+    n_clusters, n_starts = whole("n_clusters", n_clusters), whole("n_starts", n_starts)
+    max_iter, seed = whole("max_iter", max_iter), seed_of(seed)
+    _check_free(adata, check_key("key_added", key_added))
     if n_clusters > adata.n_obs:
         raise ValueError(f"n_clusters is {n_clusters}, but the AnnData has only {adata.n_obs} cells: ask for fewer.")
-    if not tol >= 0:
-        raise ValueError(f"tol is zero or positive, not {tol!r}.")
+    tol = real("tol", tol, Range(0))
     x = torch.from_numpy(_representation(adata, use_rep)).to(device_of(device))
     if bool((x == x[0]).all()):
         raise ValueError(f"adata.obsm[{use_rep!r}] is the same in all cells: there is nothing to cluster.")
     variance = float(x.var(0, correction=0).sum())
     ridge = 1e-6 * variance / x.shape[1]
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(seed)
 
     def run() -> EM:
         start = KMeansAutoencoder(kmeans_plus_plus(x, n_clusters, generator))
@@ -130,7 +128,8 @@ def cluster(
         mixture = GaussianMixture.from_posterior(x, found.q, diagonal=covariance == "diagonal", reg_covar=ridge)
         return em(x, mixture, max_iter=max_iter, tol=tol)
 
-    best = max((run() for _ in range(n_starts)), key=lambda found: found.objective[-1])
+    with alone(seed, x.device):
+        best = max((run() for _ in range(n_starts)), key=lambda found: found.objective[-1])
     sizes = best.q.argmax(1).bincount(minlength=n_clusters)
     order = sizes.argsort(descending=True, stable=True)
     q = best.q[:, order].cpu().numpy()
@@ -160,6 +159,21 @@ def cluster(
             **found,
             **{name: array[order].cpu().numpy() for name, array in arrays.items()},
         }
+
+
+def _check_free(adata: AnnData, key: str) -> None:
+    """Check that clusters can be written under a key: that there is nothing, or what an earlier call wrote."""
+    record = adata.uns.get(key)
+    is_own = isinstance(record, Mapping) and "converged" in record and "params" in record
+    probability = f"{key}_probability"
+    taken = {f"obs[{key!r}]": key in adata.obs, f"obsm[{probability!r}]": probability in adata.obsm}
+    taken[f"uns[{key!r}]"] = record is not None
+    for place, is_there in taken.items():
+        if is_there and not is_own:
+            raise ValueError(
+                f"key_added={key!r} would overwrite adata.{place}, which no earlier call wrote: choose another, or "
+                f"delete it first, del adata.{place}."
+            )
 
 
 def _representation(adata: AnnData, use_rep: str) -> np.ndarray:

@@ -136,7 +136,7 @@ def main() -> None:
             )
             seconds = time.perf_counter() - start
             cells = test.copy()
-            model.annotate(cells)
+            model.transform(cells)
             line = f"{name:13} seed {seed}: -ELBO {-model.elbo(test, n_samples=8).mean():.1f}"
             line += f", k-means {accuracy(cells.obsm['X_scvae'], labels):.3f}, {seconds:.0f} s"
             if "scvae_angle" in cells.obs:

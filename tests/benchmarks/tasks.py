@@ -132,9 +132,9 @@ def _times_of_steps(
     watch: Callable[[int], None] = lambda n_taken: None,
 ) -> list[float]:
     """Train our model for so many epochs; return when each step ended."""
+    from scvae.boundary.process import device_of, seeded
     from scvae.data.reading import read_cells, read_schema
     from scvae.inference import svi
-    from scvae.inference.devices import device_of, seeded
     from scvae.programs import ZINB
 
     where = device_of(device)

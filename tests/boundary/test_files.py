@@ -273,18 +273,6 @@ def test_a_fitted_model_gives_its_numbers_when_its_replacement_failed(model, fit
     np.testing.assert_array_equal(scvae.load(path).embed(adata), other.embed(adata))
 
 
-def test_a_model_of_the_first_format_is_loaded_and_replaced(model, adata, tmp_path):
-    path = tmp_path / "model"
-    model.save(path)
-    file = json.loads((path / "model.json").read_text())
-    (path / file.pop("weights")).rename(path / "weights.safetensors")
-    (path / "model.json").write_text(json.dumps({**file, "format": 1}))
-    np.testing.assert_array_equal(scvae.load(path).embed(adata), model.embed(adata))
-    model.save(path, overwrite=True)
-    assert not (path / "weights.safetensors").exists()
-    np.testing.assert_array_equal(scvae.load(path).embed(adata), model.embed(adata))
-
-
 @pytest.mark.parametrize("name", ["../weights.safetensors", "/etc/passwd", "model.json", "", 3, None, ["weights"]])
 def test_a_model_reads_no_file_but_its_own(tmp_path, name):
     path = tmp_path / "model"

@@ -76,8 +76,8 @@ def small_program(library, guide):
         program = ZINB(schema, n_latent=1, n_hidden=32, n_layers=1, library=library, prior="normal").eval()
         with torch.no_grad():
             set_decoder(program)
-            program.m.copy_(torch.tensor([6.0, 5.5]))
-            program.v.copy_(torch.tensor([0.3, 0.5]))
+            program.m[:2] = torch.tensor([6.0, 5.5])
+            program.v[:2] = torch.tensor([0.3, 0.5])
         if guide == "fitted":
             fit_guide(program)
         return program.requires_grad_(False)

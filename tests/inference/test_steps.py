@@ -5,10 +5,9 @@ import logging
 import pytest
 import torch
 
+from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import recording, steps, svi
-from scvae.inference.devices import seeded
-from scvae.inference.evidence import unchecked
 from scvae.inference.steps import Step
 from scvae.inference.svi import Training, train
 from scvae.programs import ZINB

@@ -10,9 +10,9 @@ import torch
 from anndata import read_h5ad
 
 import scvae
+from scvae.boundary.process import seeded
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence, steps, svi
-from scvae.inference.devices import seeded
 from scvae.inference.steps import Step
 from scvae.inference.svi import Training, train
 from scvae.programs import ZINB
@@ -79,13 +79,13 @@ def test_every_cell_is_seen_once_an_epoch_and_held_out_ones_never(program, cells
 
 
 def test_history_is_of_at_most_fifty_evaluations_and_ends_with_the_last_step(program, cells):
-    history = train(program, cells, Training(38, 32, validation_fraction=0.1, patience=99), progress=False)
-    assert history["step"][-1] == 38 * 3
-    assert 25 <= len(history["step"]) <= 50
-    assert len({len(values) for name, values in history.items() if name != "stopped"}) == 1
+    course = train(program, cells, Training(38, 32, validation_fraction=0.1, patience=99), progress=False)
+    history = course.history
+    assert history["step"].iloc[-1] == 38 * 3 == course.n_steps == course.n_planned
+    assert 25 <= len(history) <= 50
     assert np.allclose(np.subtract(history["log_likelihood"], history["kl"]), history["elbo"])
-    assert history["stopped"] == ["finished"]
-    assert np.mean(history["elbo"][-5:]) > np.mean(history["elbo"][:5])
+    assert course.stopped == "finished"
+    assert np.mean(history["elbo"].iloc[-5:]) > np.mean(history["elbo"].iloc[:5])
     assert not program.training
 
 
@@ -142,9 +142,9 @@ def test_early_stopping_restores_the_best_weights(program, cells, monkeypatch):
 
     monkeypatch.setattr(svi, "_validate", validate)
     training = Training(50, 128, validation_fraction=0.2, patience=3, kl_warmup=0)
-    history = train(program, cells, training, progress=False)
-    assert history["stopped"] == ["early"]
-    assert history["validation_elbo"] == script[:6]
+    course = train(program, cells, training, progress=False)
+    assert course.stopped == "early"
+    assert course.history["validation_elbo"].tolist() == script[:6]
     weights = program.state_dict()
     assert all(torch.equal(weights[name], states[2][name]) for name in weights)
     assert not all(torch.equal(weights[name], states[5][name]) for name in weights)
@@ -153,21 +153,21 @@ def test_early_stopping_restores_the_best_weights(program, cells, monkeypatch):
 def test_training_does_not_stop_before_the_kl_has_warmed_up(program, cells, monkeypatch):
     monkeypatch.setattr(svi, "_validate", lambda *_: -1.0)
     training = Training(50, 128, validation_fraction=0.2, patience=2, kl_warmup=0.5)
-    assert train(program, cells, training, progress=False)["step"][-1] == 26
+    assert train(program, cells, training, progress=False).n_steps == 26
 
 
 def test_the_elbo_that_stops_is_not_annealed(program, cells, monkeypatch):
     order = torch.arange(80)
     monkeypatch.setattr(svi, "_split", lambda *_: (order[:20], order[20:]))
-    history = train(program, cells, Training(5, 20, kl_weight=0.01, validation_fraction=0.25), progress=False)
+    course = train(program, cells, Training(5, 20, kl_weight=0.01, validation_fraction=0.25), progress=False)
     with seeded(0, torch.device("cpu")), torch.no_grad():
         expected = evidence.elbo(program, cells.batch(order[:20])).mean()
-    assert max(history["validation_elbo"]) == pytest.approx(float(expected), abs=1e-3)
+    assert max(course.history["validation_elbo"]) == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_without_held_out_cells_the_last_weights_are_kept(program, cells):
-    history = train(program, cells, Training(2, 32), progress=False)
-    assert "validation_elbo" not in history
+    course = train(program, cells, Training(2, 32), progress=False)
+    assert "validation_elbo" not in course.history
     assert not program.training
 
 
@@ -185,8 +185,8 @@ def test_two_cells_at_least_are_left_to_train_on(adata, fit, n):
 
 def test_ctrl_c_ends_the_training_with_a_usable_model(adata, breaking, fit, tmp_path):
     model = fit(adata, breaking, batch_key="batch", where="interrupt", max_epochs=20)
-    assert model.history["stopped"] == ["interrupted"]
-    assert model.history["step"] == [2]
+    assert model.stopped == "interrupted"
+    assert model.history["step"].tolist() == [2]
     assert np.array_equal(adata.obsm["X_scvae"], model.embed(adata))
     assert np.isfinite(adata.obsm["X_scvae"]).all()
     assert adata.uns["scvae"]["stopped"] == "interrupted"
@@ -200,7 +200,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_usable_model_too(adata, fit, monk
 
     monkeypatch.setattr(steps, "elbo_terms", interrupt)
     model = fit(adata, validation_fraction=0.2)
-    assert model.history["step"] == []
+    assert model.history.empty
     assert np.isfinite(model.embed(adata)).all()
     adata.write_h5ad(tmp_path / "cells.h5ad")
 
@@ -215,8 +215,8 @@ def test_ctrl_c_restores_the_best_weights(program, cells, monkeypatch):
         return -float(len(states))
 
     monkeypatch.setattr(svi, "_validate", validate)
-    history = train(program, cells, Training(50, 128, validation_fraction=0.2), progress=False)
-    assert history["stopped"] == ["interrupted"]
+    course = train(program, cells, Training(50, 128, validation_fraction=0.2), progress=False)
+    assert course.stopped == "interrupted"
     weights = program.state_dict()
     assert all(torch.equal(weights[name], states[0][name]) for name in weights)
 

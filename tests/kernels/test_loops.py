@@ -3,6 +3,10 @@
 The log density is tested in ``test_counts.py``, beside the other ways to compute it.
 """
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from mpmath import mp, mpf
@@ -100,3 +104,22 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(monkeypat
 
     monkeypatch.setattr(loops, "njit", refuse)
     assert loops._kept(lambda x: x + 1)(1) == 2
+
+
+def test_whether_loops_are_compiled_is_told_by_what_is_kept_on_disk(tmp_path):
+    code = "from scvae.kernels import loops; print(loops.are_compiled())"
+    fit = (
+        "import scvae; a = scvae.datasets.simulated_batches(20, 8, seed=0); "
+        "scvae.fit(a, n_latent=2, n_hidden=4, max_epochs=1, device='cpu')"
+    )
+
+    def run(code):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+
+    assert run(code).stdout.strip() == "False"
+    first = run(fit).stderr
+    assert "scvae: compiling, once after an installation" in first
+    assert first.count("scvae: zinb, 20 cells × 8 genes, on cpu") == 1
+    assert run(code).stdout.strip() == "True"
+    assert "compiling" not in run(fit).stderr

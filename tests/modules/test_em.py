@@ -14,7 +14,7 @@ from sklearn.cluster import KMeans
 from sklearn.mixture import GaussianMixture as MixtureOfSklearn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scvae.inference.devices import seeded
+from scvae.boundary.process import seeded
 from scvae.modules import em as em_module
 from scvae.modules.em import GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 

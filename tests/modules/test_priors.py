@@ -116,7 +116,7 @@ def test_clusters_and_their_probabilities_are_written(adata, fit, program, tmp_p
     group = model.program.p_z.clusters().numpy()  # of each component
     assert probability.shape == (80, group.max() + 1)
     assert np.allclose(probability.sum(1), 1, atol=1e-5)
-    cluster = adata.obs["scvae_cluster"]
+    cluster = adata.obs["here_cluster"]
     assert isinstance(cluster.dtype, pd.CategoricalDtype)
     assert set(cluster.cat.categories) == set(map(str, np.unique(probability.argmax(1))))
     assert (cluster.astype(str) == probability.argmax(1).astype(str)).all()
@@ -125,7 +125,7 @@ def test_clusters_and_their_probabilities_are_written(adata, fit, program, tmp_p
     assert np.allclose(probability, expected, atol=1e-5)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
-    pd.testing.assert_series_equal(read.obs["scvae_cluster"], cluster)
+    pd.testing.assert_series_equal(read.obs["here_cluster"], cluster)
     assert np.array_equal(read.obsm["X_here_cluster_probability"], probability)
 
 
@@ -191,15 +191,15 @@ def test_clusters_are_those_that_the_data_have(fit):
     kinds = rng.integers(4, size=400)
     adata = anndata.AnnData((4 * rng.normal(size=(4, 15))[kinds] + rng.normal(size=(400, 15))).astype(np.float32))
     fit(adata, program="gaussian", prior="mixture", n_components=12, max_epochs=100, n_hidden=16)
-    table = pd.crosstab(adata.obs["scvae_cluster"], kinds)
+    table = pd.crosstab(adata.obs["here_cluster"], kinds)
     assert table.max(1).sum() > 0.98 * 400  # a cluster is of one kind
 
 
 def test_clusters_of_an_earlier_fit_are_not_left_behind(adata, fit):
     fit(adata, prior="mixture")
-    assert "scvae_cluster" in adata.obs
+    assert "here_cluster" in adata.obs
     fit(adata, prior="normal")
-    assert "scvae_cluster" not in adata.obs
+    assert "here_cluster" not in adata.obs
 
 
 # ---- VampPrior ---------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_priors_that_make_no_sense_are_refused():
         make("cauchy")
     with pytest.raises(ValueError, match="n_components says nothing about prior='normal'"):
         make("normal", n_components=2)
-    with pytest.raises(ValueError, match="n_components is at least 1, not 0"):
+    with pytest.raises(ValueError, match="n_components is a whole number of at least 1, not 0"):
         make("mixture", n_components=0)
     with pytest.raises(ValueError, match="prior='vamp' evaluates the posterior of one cell where another cell's lies"):
         make("vamp", posterior="iaf")

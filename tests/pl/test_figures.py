@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from scvae import pl
+from scvae.pl.grid import grid_of
 
 
 @pytest.fixture(autouse=True)
@@ -159,7 +160,7 @@ def test_the_first_images_are_drawn_on_the_axes_given():
 
 def test_a_grid_names_rows_and_columns_where_they_are():
     rows = np.random.default_rng(0).uniform(size=(2, 3, 2, 8, 8))
-    ax = pl._grid([rows[0], rows[1][:2]], row_labels=["data", "model"], column_labels=["0°", "90°", "180°"])
+    ax = grid_of([rows[0], rows[1][:2]], row_labels=["data", "model"], column_labels=["0°", "90°", "180°"])
     assert [label.get_text() for label in ax.get_yticklabels()] == ["data", "model"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0°", "90°", "180°"]
     opaque = pixels(ax)[..., 3]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import ndimage, sparse
 
 from scvae import pp
-from scvae.pp import images as module
+from scvae.pp import neighborhoods as module
 
 OSMFISH = Path(__file__).parents[3] / "shared" / "data" / "osmfish_cortex.h5ad"
 
@@ -135,7 +135,7 @@ def test_the_sum_of_a_channel_is_the_mass_in_the_circle(seed, size, blur, radius
     adata.obsm["spatial"] = here = rng.uniform(-100, 100, (40, 2))
     adata.obsm["mass"] = mass = rng.normal(size=(40, 2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_MANY", 1)
+        patch.setattr(module, "MANY", 1)
         pp.neighborhood_images(
             adata, use_rep="mass", radius=radius, size=size, blur=blur, angles=np.full(40, turn), include_center=True
         )
@@ -353,14 +353,14 @@ ONE_SOURCE = (
         ({"genes": ["a"]}, ValueError, ONE_SOURCE + "; named are cell_type_key and genes"),
         ({"radius": None}, ValueError, "Pass radius, in units of the positions, or n_neighbors.*: neither is given"),
         ({"n_neighbors": 3}, ValueError, "Pass radius.*: both are given"),
-        ({"radius": 0}, ValueError, "radius is a positive number, in units of the positions, not 0"),
-        ({"radius": np.nan}, ValueError, "radius is a positive number, in units of the positions, not nan"),
+        ({"radius": 0}, ValueError, "radius is a number above 0, not 0"),
+        ({"radius": np.nan}, ValueError, "radius is a number above 0, not nan"),
         ({"radius": None, "n_neighbors": 2.5}, ValueError, "n_neighbors is a whole number of at least 1, not 2.5"),
         ({"radius": None, "n_neighbors": 60}, ValueError, "n_neighbors is 60, but most cells have no more than that"),
-        ({"size": 0}, ValueError, "size is a whole number of pixels, at least 1, not 0"),
+        ({"size": 0}, ValueError, "size is a whole number of at least 1, not 0"),
         ({"size": 6}, ValueError, "size is 6 pixels, too few for a blur of 1: it is at least 7"),
         ({"blur": 0.2}, ValueError, "blur is 0 or at least 0.5 pixels, not 0.2"),
-        ({"blur": np.nan}, ValueError, "blur is 0 or at least 0.5 pixels, not nan"),
+        ({"blur": np.nan}, ValueError, "blur is a number of at least 0, not nan"),
         (
             {"angles": np.zeros(59)},
             ValueError,
@@ -454,7 +454,7 @@ def test_cells_that_all_lie_in_one_place_have_no_radius(cells, unchanged):
 
 @pytest.mark.parametrize("function", [pp.neighborhood_images, pp.crop_images])
 def test_what_is_no_anndata_of_cells_in_memory_is_refused(cells, tmp_path, function):
-    with pytest.raises(TypeError, match="adata is an AnnData, not ndarray: read a file"):
+    with pytest.raises(TypeError, match="adata is an AnnData, not a ndarray: make one"):
         function(np.ones((3, 2)), radius=1)
     with pytest.raises(ValueError, match="The AnnData has no cells"):
         function(cells[:0].copy(), radius=1)
@@ -637,14 +637,14 @@ def test_each_sample_is_cut_from_its_own_picture(cells, picture):
             ValueError,
             r"No cell lies in the picture, which has 90 × 90 pixels.*check sc",
         ),
-        (np.ones((90, 90)), {"scale": 0}, ValueError, "scale is a positive number of pixels per unit .* not 0"),
+        (np.ones((90, 90)), {"scale": 0}, ValueError, "scale is a number above 0, not 0"),
         (
             np.ones((90, 90)),
             {"radius": -1},
             ValueError,
-            "radius is a positive number, in units of the positions, not -1",
+            "radius is a number above 0, not -1",
         ),
-        (np.ones((90, 90)), {"size": 2.5}, ValueError, "size is a whole number of pixels, at least 1, not 2.5"),
+        (np.ones((90, 90)), {"size": 2.5}, ValueError, "size is a whole number of at least 1, not 2.5"),
         (np.ones((90, 90)), {"key_added": "spatial"}, ValueError, "key_added is 'spatial', where the input is"),
         (np.ones((90, 90)), {"spatial_key": "xy"}, KeyError, "adata.obsm has no 'xy'; it has 'spatial', 'X_pca'"),
     ],

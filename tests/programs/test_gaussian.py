@@ -273,9 +273,9 @@ def test_noise_that_is_fixed_stays(real, fit):
         ({"noise": "cell"}, "noise is one of 'gene', 'shared', 'fixed', not 'cell'"),
         ({"noise": "fixed"}, "noise='fixed' and noise_scale=…, its standard deviation, go together: give both or nei"),
         ({"noise_scale": 1.0}, "go together"),
-        ({"noise": "fixed", "noise_scale": 0.0}, "noise_scale is above 0, not 0.0"),
-        ({"noise": "fixed", "noise_scale": -1}, "noise_scale is above 0, not -1"),
-        ({"noise": "fixed", "noise_scale": float("nan")}, "noise_scale is above 0, not nan"),
+        ({"noise": "fixed", "noise_scale": 0.0}, "noise_scale is a number above 0, or None, not 0.0"),
+        ({"noise": "fixed", "noise_scale": -1}, "noise_scale is a number above 0, or None, not -1"),
+        ({"noise": "fixed", "noise_scale": float("nan")}, "noise_scale is a number above 0, or None, not nan"),
     ],
 )
 def test_noise_that_makes_no_sense_is_refused(real, fit, unchanged, options, message):

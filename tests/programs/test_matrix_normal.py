@@ -309,9 +309,9 @@ def test_batches_are_told_by_their_covariate_and_not_by_the_maps(fit):
     [
         ({"posterior": "full"}, "posterior is one of 'matrix_normal', 'low_rank', 'normal', not 'full'"),
         ({"pixels": "beta"}, "pixels is one of 'bernoulli', 'gaussian', 'poisson', 'nb', not 'beta'"),
-        ({"n_latent": 0}, "n_latent is at least 1, not 0"),
-        ({"n_hidden": 0}, "n_hidden is at least 1, not 0"),
-        ({"n_layers": 0}, "n_layers is at least 1, not 0"),
+        ({"n_latent": 0}, "n_latent is a whole number of at least 1, not 0"),
+        ({"n_hidden": 0}, "n_hidden is a whole number of at least 1, not 0"),
+        ({"n_layers": 0}, "n_layers is a whole number of at least 1, not 0"),
         ({"n_layers": 5}, "n_layers=5: images of 8 x 12 pixels can be halved 4 times"),
         ({"image_key": None}, "'matrix_normal' models images: name the key of adata.obsm"),
         ({"size_factor_key": "batch"}, "size_factor_key belongs to models of counts; 'matrix_normal' models images"),
@@ -325,7 +325,7 @@ def test_options_that_make_no_sense_are_refused(refused, options, message):
 def test_options_of_other_programs_are_refused(refused, options):
     (name,) = options
     message = (
-        rf"'{name}'\. Options of the program 'matrix_normal': n_latent, .*posterior.*; of the training: max_epochs"
+        rf"'{name}'.*\. Options of the program 'matrix_normal': n_latent, .*posterior.*; of the training: max_epochs"
     )
     refused(images_of(), TypeError, message, **options)
 

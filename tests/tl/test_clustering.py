@@ -214,15 +214,15 @@ def test_a_gpu_gives_the_same_clusters(cells, cluster, method, covariance):
     ("options", "error", "message"),
     [
         ({"use_rep": "X_none"}, KeyError, r"adata.obsm has no 'X_none'; it has 'latent'.* scvae.fit writes 'X_scvae'"),
-        ({"method": "leiden"}, ValueError, "method is 'mixture' or 'kmeans', not 'leiden'"),
-        ({"covariance": "tied"}, ValueError, "covariance is 'full' or 'diagonal', not 'tied'"),
+        ({"method": "leiden"}, ValueError, "method is one of 'mixture', 'kmeans', not 'leiden'"),
+        ({"covariance": "tied"}, ValueError, "covariance is one of 'full', 'diagonal', not 'tied'"),
         ({"n": 0}, ValueError, "n_clusters is a whole number of at least 1, not 0"),
         ({"n": 2.5}, ValueError, "n_clusters is a whole number of at least 1, not 2.5"),
         ({"n": 301}, ValueError, "n_clusters is 301, but the AnnData has only 300 cells: ask for fewer"),
         ({"n_starts": 0}, ValueError, "n_starts is a whole number of at least 1, not 0"),
         ({"max_iter": -1}, ValueError, "max_iter is a whole number of at least 1, not -1"),
-        ({"tol": -1.0}, ValueError, "tol is zero or positive, not -1.0"),
-        ({"tol": np.nan}, ValueError, "tol is zero or positive, not nan"),
+        ({"tol": -1.0}, ValueError, "tol is a number of at least 0, not -1.0"),
+        ({"tol": np.nan}, ValueError, "tol is a number of at least 0, not nan"),
         ({"device": "tpu"}, ValueError, "device is 'auto', 'cpu' or 'cuda', not 'tpu'"),
     ],
 )
@@ -262,7 +262,7 @@ def test_an_annotated_matrix_without_representations_is_refused():
 
 
 def test_what_is_no_anndata_is_refused():
-    with pytest.raises(TypeError, match="adata is an AnnData, not ndarray: read a file"):
+    with pytest.raises(TypeError, match="adata is an AnnData, not a ndarray: make one of the matrix"):
         scvae.tl.cluster(np.ones((3, 2)), 2)
 
 

@@ -1,4 +1,4 @@
-"""An image of each cell: what lies around it in the tissue, drawn from positions or cut from a picture.
+"""An image of each cell: what lies around it in the tissue, drawn from positions.
 
 In all images x, the first coordinate, runs to the right along the columns and y, the second, downwards along the rows,
 as in pictures of tissues and in the program ``pose``. Angles turn from the x axis to the y axis: clockwise as one sees
@@ -14,17 +14,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData, ImplicitModificationWarning
+from anndata import AnnData
 from scipy import sparse
 from scipy.spatial import cKDTree
 
+from scvae.boundary.options import Range, real, whole
+from scvae.data.categories import name_of, named
+from scvae.pp.positions import MANY, check_images_key, check_sizes, positions_of, samples_of, write_images
+
 # scvae.data.reading is imported where it is used, as it brings torch, which nothing here needs.
 
-__all__ = ["crop_images", "neighborhood_images"]
+__all__ = ["neighborhood_images"]
 
 _BLOCK = 1 << 21  # numbers that are held at a time beside the images
 _REACH = 3.0  # standard deviations at which a Gaussian is cut off
-_MANY = 0.1  # fraction of the cells without a neighbour that is worth a warning
 
 
 def neighborhood_images(
@@ -133,16 +136,15 @@ def neighborhood_images(
     >>> adata.obsm["neighborhood"][0].sum((1, 2)).round(3).tolist()  # neighbours of each type within 150 µm
     [2.0, 4.0, 7.0]
     """
-    _check_anndata(adata)
-    _check_sizes(size, radius)
+    size, radius = check_sizes(adata, size, radius, key_added)
     if (radius is None) == (n_neighbors is None):
         raise ValueError(
             "Pass radius, in units of the positions, or n_neighbors, to have it chosen: "
             f"{'neither is given' if radius is None else 'both are given'}."
         )
-    if n_neighbors is not None and (not _is_whole(n_neighbors) or n_neighbors < 1):
-        raise ValueError(f"n_neighbors is a whole number of at least 1, not {n_neighbors!r}.")
-    if blur != 0 and not 0.5 <= blur < math.inf:
+    n_neighbors = None if n_neighbors is None else whole("n_neighbors", n_neighbors)
+    blur = real("blur", blur, Range(0))
+    if 0 < blur < 0.5:
         raise ValueError(f"blur is 0 or at least 0.5 pixels, not {blur!r}.")
     reach = _REACH * blur if blur else 1.0
     in_pixels = (size + 1) / 2 - reach  # radius of the circle
@@ -150,8 +152,7 @@ def neighborhood_images(
         raise ValueError(
             f"size is {size} pixels, too few for a blur of {blur:g}: it is at least {math.ceil(2 * reach) + 1}."
         )
-    if key_added in ("spatial", spatial_key, use_rep):
-        raise ValueError(f"key_added is {key_added!r}, where the input is: choose another.")
+    check_images_key(adata, key_added, (spatial_key, use_rep))
     of_cells = genes if transcripts is None else None
     given = {"cell_type_key": cell_type_key, "layer": layer, "genes": of_cells if layer is None else None}
     given |= {"use_rep": use_rep, "transcripts": transcripts}
@@ -161,16 +162,16 @@ def neighborhood_images(
             "Name one source of what is drawn: cell_type_key, genes (of adata.X or of layer), use_rep or transcripts; "
             + (f"named are {' and '.join(sources)}." if sources else "none is named.")
         )
-    here = _positions(adata, spatial_key)
+    here = positions_of(adata, spatial_key)
     turn = None if angles is None else _angles(angles, adata)
-    samples = _samples(adata, sample_key)
+    samples = samples_of(adata, sample_key)
     if transcripts is not None:
         points = _molecules(transcripts, genes, sample_key, samples.categories)
     else:
         points = _Points(here, samples.codes, *_masses(adata, cell_type_key, genes, layer, use_rep))
     if radius is None:
-        radius = _radius(here, samples.codes, int(n_neighbors or 0))
-    canvas = _Canvas(int(size), radius / in_pixels, float(blur), reach)
+        radius = _radius(here, samples.codes, n_neighbors or 0)
+    canvas = _Canvas(size, radius / in_pixels, blur, reach)
     images = np.zeros((adata.n_obs, len(points.channels), size, size), dtype=np.float32)
     n_drawn = np.zeros(adata.n_obs, dtype=np.int64)
     load = size + 3 * math.ceil(2 * reach) * max(1.0, points.masses.nnz / max(1, len(points.samples)))
@@ -187,7 +188,7 @@ def neighborhood_images(
             n_drawn[cell] = np.bincount(i, minlength=len(cell))
             images[cell] = _draw(canvas, len(cell), i, offsets, points.masses[point])
     n_empty = int((n_drawn == 0).sum())
-    if n_empty > _MANY * adata.n_obs:
+    if n_empty > MANY * adata.n_obs:
         warnings.warn(
             f"{n_empty} of {adata.n_obs} images are empty, as nothing lies within {radius:g} of the cell: raise "
             f"{'radius' if n_neighbors is None else 'n_neighbors'}, or leave those cells out.",
@@ -207,128 +208,7 @@ def neighborhood_images(
     }
     found: dict[str, Any] = {"channels": np.asarray(points.channels, dtype=object), "radius": float(radius)}
     found |= {"pixel_size": canvas.pixel_size, "turned": angles is not None}
-    _write(adata, key_added, images, {"params": {k: v for k, v in params.items() if v is not None}, **found})
-
-
-def crop_images(
-    adata: AnnData,
-    image: Any = "hires",
-    *,
-    radius: float,
-    size: int = 28,
-    scale: float | None = None,
-    spatial_key: str = "spatial",
-    sample_key: str | None = None,
-    key_added: str = "crop",
-) -> None:
-    """Cut a square around each cell from a picture of the tissue.
-
-    A pixel of the result is the mean of the picture over the square that it covers, and over no less than the size of a
-    pixel of the picture, which is bilinear interpolation. What lies beyond the border of the picture is 0.
-
-    Parameters
-    ----------
-    adata
-        Cells with positions. A view becomes an AnnData of its own.
-    image
-        Picture, ``[height, width]`` or ``[height, width, C]``, uint8 or uint16, which are divided by their maximum, 255
-        or 65,535, or numbers from 0 to 1; anything that is sliced as an array is, also on disk. Or, as scanpy and
-        squidpy store it, ``"hires"`` or ``"lowres"``, for ``adata.uns["spatial"][library]["images"]``.
-    radius
-        Half the side of the square, in units of the positions.
-    size
-        Height and width of the result, H = W, in pixels.
-    scale
-        Pixels of the picture per unit of the positions: a position ``(x, y)`` is the centre of the pixel in row
-        ``y * scale``, column ``x * scale``. By default 1, or what is stored with the picture,
-        ``"tissue_hires_scalef"``.
-    spatial_key
-        Key of ``.obsm`` with the positions, ``[n_cells, 2]``.
-    sample_key
-        Column of ``.obs`` that names the library of each cell, where pictures of several are stored.
-    key_added
-        Key to write to.
-
-    Returns
-    -------
-    None
-        To the AnnData are written, and nothing else: ``.obsm[key_added]``, ``[n_cells, C, H, W]``, float32, from 0 to
-        1, 4 C H W bytes a cell; ``.uns[key_added]``: ``channels``, their numbers, ``[C]``, ``radius``, ``pixel_size``,
-        side of a pixel in units of the positions, and ``params``, what was passed.
-
-    Raises
-    ------
-    KeyError
-        If an entry of the AnnData or a picture is missing.
-    ValueError
-        If no cell lies in the picture, if positions or pixels are not numbers in their range, or an option is none of
-        the above. The AnnData is then as it was.
-    TypeError
-        If `adata` is not an AnnData.
-
-    Warns
-    -----
-    UserWarning
-        If more than a tenth of the cells lie outside the picture.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> import scvae.pp
-    >>> adata = scvae.datasets.simulated_batches(n_cells=200, n_genes=50, seed=0)
-    >>> adata.obsm["spatial"] = np.random.default_rng(0).uniform(0, 500, size=(200, 2))
-    >>> picture = np.random.default_rng(1).integers(256, size=(250, 250, 3), dtype=np.uint8)
-    >>> scvae.pp.crop_images(adata, picture, radius=40, scale=0.5)
-    >>> adata.obsm["crop"].shape
-    (200, 3, 28, 28)
-    """
-    _check_anndata(adata)
-    _check_sizes(size, radius)
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is a positive number of pixels per unit of the positions, not {scale!r}.")
-    if key_added in ("spatial", spatial_key):
-        raise ValueError(f"key_added is {key_added!r}, where the input is: choose another.")
-    here = _positions(adata, spatial_key)
-    if isinstance(image, str):
-        libraries = _libraries(adata, image, sample_key)
-        codes = _samples(adata, sample_key).codes
-    elif sample_key is not None:
-        raise ValueError("sample_key is for pictures that are stored in adata.uns: crop each sample of others alone.")
-    else:
-        libraries, codes = [(image, 1.0)], np.zeros(adata.n_obs, dtype=np.int64)
-    pictures = [_picture(pixels) for pixels, _ in libraries]
-    n_channels = {1 if len(picture.shape) == 2 else picture.shape[2] for picture in pictures}
-    if len(n_channels) > 1:
-        raise ValueError(f"The pictures differ in their number of channels: {sorted(n_channels)}.")
-    images = np.zeros((adata.n_obs, n_channels.pop(), size, size), dtype=np.float32)
-    inside = np.zeros(adata.n_obs, dtype=bool)
-    for sample, (picture, (_, stored)) in enumerate(zip(pictures, libraries, strict=True)):
-        cells, factor = np.flatnonzero(codes == sample), stored if scale is None else scale
-        inside[cells] = _cut(images, picture, here * factor, radius * factor, cells)
-    if not inside.any():
-        x, y = here.max(0)
-        raise ValueError(
-            f"No cell lies in the picture, which has {pictures[0].shape[1]} × {pictures[0].shape[0]} pixels, while "
-            f"positions reach ({x:g}, {y:g}) before they are multiplied by scale: check scale, the pixels per unit of "
-            "the positions."
-        )
-    if not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(
-            "The picture has pixels outside 0 to 1, or NaN: divide it by its largest value, or pass uint8."
-        )
-    if (~inside).sum() > _MANY * adata.n_obs:
-        warnings.warn(
-            f"{(~inside).sum()} of {adata.n_obs} cells lie outside the picture: check scale, or leave them out.",
-            stacklevel=2,
-        )
-    params: dict[str, Any] = {"image": image if isinstance(image, str) else None, "size": size, "scale": scale}
-    params |= {"spatial_key": spatial_key, "sample_key": sample_key}
-    found: dict[str, Any] = {"channels": np.asarray([str(i) for i in range(images.shape[1])], dtype=object)}
-    found |= {"radius": float(radius), "pixel_size": 2 * radius / size}
-    _write(adata, key_added, images, {"params": {k: v for k, v in params.items() if v is not None}, **found})
-
-
-# ---- Drawing -----------------------------------------------------------------------------------------------
+    write_images(adata, key_added, images, {"params": {k: v for k, v in params.items() if v is not None}, **found})
 
 
 class _Points(NamedTuple):
@@ -425,83 +305,6 @@ def _radius(here: np.ndarray, samples: np.ndarray, n_neighbors: int) -> float:
     return radius
 
 
-def _cut(images: np.ndarray, picture: Any, centres: np.ndarray, radius: float, cells: np.ndarray) -> np.ndarray:
-    """Fill the images of `cells`, given centres and radius in pixels of the picture; return which lie in it."""
-    size = images.shape[-1]
-    height, width = picture.shape[:2]
-    largest = np.iinfo(picture.dtype).max if picture.dtype.kind == "u" else 1
-    step = 2 * radius / size
-    offsets = (np.arange(size) - (size - 1) / 2) * step
-    inside = ((centres[cells] >= -0.5) & (centres[cells] < (width - 0.5, height - 0.5))).all(1)
-
-    def part(centre: float, n: int) -> tuple[slice, np.ndarray]:
-        """Stretch of n pixels that is needed, and what share of it makes up each of the result, ``[size, K]``."""
-        half = max(step, 1) / 2
-        start, stop = centre + offsets - half, centre + offsets + half
-        needed = slice(max(0, math.floor(start[0] + 0.5)), min(n, math.ceil(stop[-1] + 0.5)))
-        pixels = np.arange(needed.start, needed.stop)
-        shared = np.minimum(stop[:, None], pixels + 0.5) - np.maximum(start[:, None], pixels - 0.5)
-        return needed, shared.clip(0) / (2 * half)
-
-    for cell in cells:
-        x, y = centres[cell]
-        (columns, across), (lines, down) = part(x, width), part(y, height)
-        if across.size and down.size:
-            pixels = np.asarray(picture[lines, columns], dtype=np.float64).reshape(down.shape[1], across.shape[1], -1)
-            images[cell] = down @ pixels.transpose(2, 0, 1) @ across.T / largest
-    return inside
-
-
-# ---- Input and output --------------------------------------------------------------------------------------
-
-
-def _check_anndata(adata: Any) -> None:
-    if not isinstance(adata, AnnData):
-        raise TypeError(f"adata is an AnnData, not {type(adata).__name__}: read a file with anndata.read_h5ad first.")
-    if adata.isbacked and adata.is_view:
-        raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
-    if adata.n_obs == 0:
-        raise ValueError("The AnnData has no cells.")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_sizes(size: int, radius: float | None) -> None:
-    if not _is_whole(size) or size < 1:
-        raise ValueError(f"size is a whole number of pixels, at least 1, not {size!r}.")
-    if radius is not None and not 0 < radius < math.inf:
-        raise ValueError(f"radius is a positive number, in units of the positions, not {radius!r}.")
-
-
-def _positions(adata: AnnData, spatial_key: str) -> np.ndarray:
-    """Return the positions in double precision, ``[n_cells, 2]``."""
-    from scvae.data.reading import some
-
-    if spatial_key not in adata.obsm:
-        raise KeyError(
-            f"adata.obsm has no {spatial_key!r}; it has {some(adata.obsm) or 'nothing'}. Name the positions of the "
-            "cells, spatial_key=…."
-        )
-    where = f"adata.obsm[{spatial_key!r}]"
-    try:
-        here = np.array(adata.obsm[spatial_key], dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is not an array of numbers: positions are wanted, [n_cells, 2].") from None
-    if here.ndim == 2 and here.shape[1] > 2:
-        raise ValueError(
-            f"{where} has {here.shape[1]} columns, but images have two axes: choose two, with "
-            f"adata.obsm['flat'] = adata.obsm[{spatial_key!r}][:, :2] and spatial_key='flat'."
-        )
-    if here.ndim != 2 or here.shape[1] != 2:
-        raise ValueError(f"{where} is of shape {here.shape}: positions are wanted, [n_cells, 2].")
-    bad = ~np.isfinite(here).all(1)
-    if bad.any():
-        raise ValueError(f"{where} is NaN or infinite in {some(adata.obs_names[bad], 'cell')}: leave those cells out.")
-    return here
-
-
 def _angles(angles: Any, adata: AnnData) -> np.ndarray:
     turn = np.asarray(angles, dtype=np.float64)
     if turn.shape != (adata.n_obs,):
@@ -511,34 +314,25 @@ def _angles(angles: Any, adata: AnnData) -> np.ndarray:
     return turn
 
 
-def _samples(adata: AnnData, sample_key: str | None) -> pd.Categorical:
-    """Return the sample of each cell; there is one if there is no key."""
-    from scvae.data.reading import _column
-
-    if sample_key is None:
-        return pd.Categorical.from_codes(np.zeros(adata.n_obs, dtype=np.int64), [""])
-    return pd.Categorical(_column(adata, sample_key).astype(str))
-
-
 def _masses(
     adata: AnnData, cell_type_key: str | None, genes: Sequence[str] | None, layer: str | None, use_rep: str | None
 ) -> tuple[sparse.csr_matrix, list[str]]:
     """Return what each cell adds to each channel, ``[n_cells, C]``, and the names of the channels."""
-    from scvae.data.reading import _column, _csr, _matrix, _representation, some
+    from scvae.data.reading import _csr, _representation, column_of, matrix_of, some
 
     if cell_type_key is not None:
-        column, where = _column(adata, cell_type_key), f"adata.obs[{cell_type_key!r}]"
+        column, where = column_of(adata, cell_type_key), f"adata.obs[{cell_type_key!r}]"
         if column.dtype.kind == "f":
             raise ValueError(f"{where} holds fractions, not types ({column.dtype}): make it strings or a categorical.")
-        types = pd.Categorical(column)
+        types = column.array if isinstance(column.dtype, pd.CategoricalDtype) else _types(column, where)
         cells, ones = np.arange(adata.n_obs), np.ones(adata.n_obs)
         masses = sparse.csr_matrix((ones, (cells, types.codes)), shape=(adata.n_obs, len(types.categories)))
-        return masses, [str(name) for name in types.categories]
+        return masses, [name_of(name) for name in types.categories]
     if use_rep is not None:
         frame, where = _representation(adata, use_rep), f"adata.obsm[{use_rep!r}]"
         masses, names = sparse.csr_matrix(frame.to_numpy(dtype=np.float64)), frame.columns
     else:
-        matrix, where = _matrix(adata, layer)
+        matrix, where = matrix_of(adata, layer)
         names, chosen = adata.var_names.astype(str), None
         if genes is not None:
             names = _names(genes, names, "adata.var_names")
@@ -552,6 +346,11 @@ def _masses(
             "out."
         )
     return masses, [str(name) for name in names]
+
+
+def _types(column: pd.Series, where: str) -> pd.Categorical:
+    codes, names = named(column, where)
+    return pd.Categorical.from_codes(codes, names)
 
 
 def _names(genes: Sequence[str], known: pd.Index, where: str) -> pd.Index:
@@ -600,68 +399,10 @@ def _molecules(
     if sample_key is None:
         sample = np.zeros(len(transcripts), dtype=np.int64)
     else:
-        sample = pd.Categorical(transcripts[sample_key].astype(str), categories=samples).codes.astype(np.int64)
+        codes, found = named(transcripts[sample_key], f"transcripts[{sample_key!r}]")
+        sample = samples.get_indexer(found)[codes]
     kept = np.flatnonzero((channel >= 0) & (sample >= 0))
     masses = sparse.csr_matrix(
         (np.ones(len(kept)), channel[kept], np.arange(len(kept) + 1)), shape=(len(kept), len(names))
     )
     return _Points(positions[kept], sample[kept], masses, [str(name) for name in names])
-
-
-def _libraries(adata: AnnData, name: str, sample_key: str | None) -> list[tuple[Any, float]]:
-    """Return picture and scale of each sample, as they are stored in ``adata.uns["spatial"]``."""
-    from scvae.data.reading import some
-
-    stored = adata.uns.get("spatial", {})
-    if not stored:
-        raise KeyError(
-            f"adata.uns has no pictures (no 'spatial'), so image={name!r} names none: pass an array, [height, width] "
-            "or [height, width, C]."
-        )
-    if sample_key is None and len(stored) > 1:
-        raise ValueError(
-            f"adata.uns['spatial'] has {len(stored)} libraries ({some(stored)}): name the column of adata.obs that "
-            "holds the library of each cell, sample_key=…."
-        )
-    wanted = list(stored) if sample_key is None else list(_samples(adata, sample_key).categories)
-    found = []
-    for library in wanted:
-        if library not in stored:
-            raise KeyError(f"adata.uns['spatial'] has no library {library!r}; it has {some(stored)}.")
-        images = stored[library].get("images", {})
-        if name not in images:
-            where = f"adata.uns['spatial'][{library!r}]['images']"
-            raise KeyError(f"{where} has no {name!r}; it has {some(images) or 'none'}. Pass one of them, or an array.")
-        factor = f"tissue_{name}_scalef"
-        factors = stored[library].get("scalefactors", {})
-        if factor not in factors:
-            raise KeyError(
-                f"adata.uns['spatial'][{library!r}]['scalefactors'] has no {factor!r}; it has "
-                f"{some(factors) or 'none'}. Pass the picture as an array, and scale=…."
-            )
-        found.append((images[name], float(factors[factor])))
-    return found
-
-
-def _picture(pixels: Any) -> Any:
-    """Return what can be sliced, has a shape, [height, width] or [height, width, C], and pixels of a known range."""
-    picture = pixels if hasattr(pixels, "shape") and hasattr(pixels, "dtype") else np.asarray(pixels)
-    if len(picture.shape) not in (2, 3) or 0 in picture.shape:
-        raise ValueError(f"The picture is of shape {picture.shape}: [height, width] or [height, width, C] is wanted.")
-    if len(picture.shape) == 3 and picture.shape[2] > min(picture.shape[:2]):
-        raise ValueError(
-            f"The picture is of shape {picture.shape}: channels come last, [height, width, C]; see numpy.moveaxis."
-        )
-    if picture.dtype.kind not in "fb" and (picture.dtype.kind != "u" or picture.dtype.itemsize > 2):
-        raise ValueError(
-            f"The picture holds {picture.dtype}, whose range is unknown: convert it to uint8, uint16, or numbers from "
-            "0 to 1."
-        )
-    return picture
-
-
-def _write(adata: AnnData, key: str, images: np.ndarray, found: dict[str, Any]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitModificationWarning)  # a view may become an AnnData of its own
-        adata.obsm[key] = images
-        adata.uns[key] = found
