@@ -67,7 +67,7 @@ def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None
 
     print(f"Fitting {train.n_obs} cells x {train.n_vars} genes; {test.n_obs} cells are held out.")
     fitted = fit(train, max_epochs=max_epochs, seed=seed)
-    if fitted.history["stopped"][0] == "interrupted":
+    if fitted.stopped == "interrupted":
         raise KeyboardInterrupt  # a demonstration of half a fit shows nothing
     figures = {
         "elbo": float(np.mean(fitted.elbo(test))),

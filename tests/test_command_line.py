@@ -563,7 +563,7 @@ def test_quiet_says_nothing_and_without_it_a_log_stays_short(run, fitted_model, 
     fit = ("fit", "a.h5ad", "--output", "o.h5ad", "--overwrite", "--max-epochs", 3, "--option", "n_hidden=8")
     code, out, err = run(*fit)
     assert (code, out) == (0, 'embedding: .obsm["X_scvae"] in o.h5ad\n')
-    assert re.fullmatch(r"scvae: step 3 of 3 \(100%\), elbo=\S+, \d s\n", err)
+    assert re.fullmatch(r"scvae: zinb, .*\nscvae: step 3 of 3 \(100%\), elbo=\S+, \d s\n", err)
     assert run(*fit, "--quiet") == (0, "", "")
     assert run("embed", "a.h5ad", "--model", "model", "--output", "e.h5ad", "-q") == (0, "", "")
     assert run("denoise", "a.h5ad", "--model", "model", "--output", "d.h5ad", "-q") == (0, "", "")
@@ -580,11 +580,12 @@ def test_quiet_says_nothing_and_without_it_a_log_stays_short(run, fitted_model, 
 # ---- Ctrl-C ------------------------------------------------------------------------------------------------
 
 
-def interrupted(arguments, cwd, when):
-    """Run the command line in a process of its own and send it Ctrl-C once `when` is written to stderr."""
+def interrupted(arguments, cwd, when, number=signal.SIGINT, first=""):
+    """Run the command line in a process of its own and send it a signal once `when` is written to stderr."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from scvae.inference import progress; progress._FRACTION = progress._SECONDS = 0\n"
+        f"{first}\n"
         "from scvae.__main__ import main; main()"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -598,7 +599,7 @@ def interrupted(arguments, cwd, when):
     for line in child.stderr:
         lines.write(line)
         if when in line:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             break
     out, err = child.communicate()
     guard.cancel()
@@ -612,7 +613,8 @@ def test_ctrl_c_in_the_training_writes_what_was_fitted(tmp_path):
     assert code == 130, err
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert re.fullmatch(r"scvae: training was interrupted .*; what was fitted until then is written", last), last
+    told = r"scvae: training was interrupted at step 3\d\d of [\d,]+; the result is that of unfinished training"
+    assert re.fullmatch(told, last), last
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert np.isfinite(written.obsm["X_scvae"]).all()
     assert scvae.load(tmp_path / "model").stopped == "interrupted"
@@ -641,8 +643,39 @@ def test_ctrl_c_elsewhere_is_one_line_and_leaves_nothing(run, cells, monkeypatch
         monkeypatch.setattr(*{"fit": (scvae, "fit"), "read": (command_line.formats, "read")}[where], interrupt)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run("fit", "a.h5ad", "--output", "out.h5ad", "--max-epochs", 1, "--quiet")
-    assert (code, out, err) == (130, "", "\nscvae: interrupted; nothing is half-written\n")
+    assert (code, out, err) == (130, "", "scvae: interrupted; nothing is half-written\n")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+HALF = """
+import pathlib, sys, time
+import anndata
+
+def half(self, path, **_):
+    pathlib.Path(path).write_text("half")
+    print("half", file=sys.stderr, flush=True)
+    time.sleep(60)
+
+anndata.AnnData.write_h5ad = half
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_in_the_writing_leaves_nothing(cells, tmp_path, name):
+    number = getattr(signal, name)
+    before = sorted(tmp_path.iterdir())
+    arguments = ("cluster", "a.h5ad", "--n-clusters", 2, "--use-rep", "latent", "--output", "out.h5ad")
+    code, _, err = interrupted(arguments, tmp_path, "half", number, first=HALF)
+    how = "interrupted" if name == "SIGINT" else f"ended by {name}"
+    assert (code, err) == (128 + number, f"half\nscvae: {how}; nothing is half-written\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_signals_are_as_they_were_afterwards(run):
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    assert run("--version")[0] == 0
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_ctrl_c_in_a_comparison_is_said(run, cells, monkeypatch, tmp_path):
