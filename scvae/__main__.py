@@ -350,9 +350,14 @@ def embed(
       scvae embed new.h5ad --model model --output new_out.h5ad
     """
     files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    from scvae.boundary.keys import check_free, check_key
+
+    if key_added is not None:
+        check_key("--key-added", key_added)
     fitted = scvae.load(model, device=device)
     adata = formats.read(input)
-    key = key_added or fitted.key_added
+    key = fitted.key_added if key_added is None else key_added
+    check_free(adata, key, obsm=[key], read={"obsm": [fitted.program.schema.use_rep, fitted.program.schema.image_key]})
     adata.obsm[key] = fitted.embed(adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value)
     formats.write(adata, output)
     _say(f'embedding: .obsm["{key}"] in {output}', quiet)
@@ -407,7 +412,10 @@ def denoise(
       scvae denoise cells.h5ad --model model --batch batch_1 --genes CD3E --genes CD19 --output denoised.h5ad
     """
     files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    from scvae.boundary.keys import check_key
+
     size = _library_size(library_size)
+    check_key("--layer-added", layer_added)
     fitted = scvae.load(model, device=device)
     adata = formats.read(input)
     if layer_added in adata.layers:

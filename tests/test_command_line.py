@@ -504,6 +504,21 @@ def test_overwrite_replaces_both(run, cells, fitted_model, tmp_path):
     assert scvae.load(fitted_model).program.options != before
 
 
+def test_keys_that_cannot_be_written_or_are_taken_are_refused(run, cells, fitted_model, adata, tmp_path, monkeypatch):
+    adata.obsm["X_pca"] = np.ones((80, 2))
+    adata.write_h5ad(cells)
+    embed = ("embed", "a.h5ad", "--model", "model", "--output", "out.h5ad", "--key-added")
+    code, _, err = run(*embed, "X_pca")
+    assert (code, "would overwrite adata.obsm['X_pca']" in err, err.count("\n")) == (1, True, 1)
+    monkeypatch.setattr(scvae, "load", lambda *_, **__: pytest.fail("it worked before it refused"), raising=False)
+    denoise = ("denoise", "a.h5ad", "--model", "model", "--output", "out.h5ad", "--layer-added")
+    for command in (embed, denoise):
+        for key, told in (("a/b", "is 'a/b', which a file cannot hold"), ("", "is empty: name the key")):
+            code, _, err = run(*command, key)
+            assert (code, told in err, command[-1] in err, err.count("\n")) == (1, True, True, 1), err
+    assert not (tmp_path / "out.h5ad").exists()
+
+
 # ---- denoise and generate ----------------------------------------------------------------------------------
 
 

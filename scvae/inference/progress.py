@@ -110,7 +110,7 @@ class Progress:
         self._is_open = False
         if self._bar is not None:
             self._bar.close()
-        elif not self.disable:
+        elif not self.disable and self.n:
             self._tell(time.monotonic())
 
     def _tell(self, now: float) -> None:

@@ -64,6 +64,8 @@ def test_work_that_ends_early_says_where(capsys):
     with pytest.raises(TypeError, match="unsupported operand"):
         work()
     assert capsys.readouterr().err == "scvae: step 589 of 3,400 (17%), 0 s\n"
+    Progress(total=3400).close()  # before the first step something was wrong, which is said by itself
+    assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_has_a_bar(monkeypatch):
