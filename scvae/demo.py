@@ -74,8 +74,7 @@ def demo(output_dir: str | Path = "scvae_demo", *, max_epochs: int | None = None
         "log_likelihood": float(np.mean(fitted.log_likelihood(test, n_samples=256))),
     }
 
-    adata.obsm["X_scvae"] = fitted.embed(adata)
-    adata.uns["scvae"] = train.uns["scvae"]
+    fitted.transform(adata)
     sc.pp.neighbors(adata, use_rep="X_scvae", random_state=seed)
     sc.tl.leiden(adata, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
     sc.tl.umap(adata, random_state=seed)

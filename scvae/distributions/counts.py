@@ -137,6 +137,16 @@ class _LogProb(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         d_mean, d_total, d_theta, d_gate = ctx.saved_tensors
+        if _has_kernel(d_mean, d_theta, d_gate):
+            per_gene = ctx.theta_per_gene
+            matrices = [d for d in (d_mean, None if per_gene else d_theta, d_gate) if d is not None]
+            results = operations.scaled(grad, matrices, d_theta if per_gene else None)
+            d_mean = results.pop(0)
+            if per_gene:
+                d_theta = results.pop()
+            elif d_theta is not None:
+                d_theta = results.pop(0)
+            return d_mean, None if d_total is None else grad * d_total, d_theta, results[0] if results else None, None
         column = grad.unsqueeze(-1)
         if d_theta is not None:
             d_theta = grad @ d_theta if ctx.theta_per_gene else column * d_theta

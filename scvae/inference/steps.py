@@ -12,6 +12,7 @@ from torch import Tensor
 from scvae.data.cells import Cells
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import Capture
+from scvae.kernels import operations
 from scvae.programs.program import Program
 
 __all__ = ["Step"]
@@ -132,22 +133,10 @@ class _Adam:
 
     def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
         """Take a step of that size along the gradients, where there are any; `n_taken`, a float, counts it too."""
-        used = [(*state, gradients[state[0]]) for state in self.states if gradients[state[0]] is not None]
-        if not used:
-            return
-        parameters, means, squares, given = map(list, zip(*used, strict=True))
-        torch._fused_adamw_(  # the one kernel of torch.optim.AdamW(fused=True)
-            parameters,
-            given,
-            means,
-            squares,
-            [],
-            [n_taken] * len(used),
-            lr=rate,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=self.decay,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
+        used = [(*state, given) for state in self.states if (given := gradients[state[0]]) is not None]
+        large = [operations.many(tensors) for tensors in used]
+        for each, adam in ((True, operations.adam_), (False, operations.fused_adamw)):
+            some = [tensors for tensors, is_large in zip(used, large, strict=True) if is_large == each]
+            if some:
+                parameters, means, squares, slopes = map(list, zip(*some, strict=True))
+                adam(parameters, slopes, means, squares, n_taken, rate, self.decay)

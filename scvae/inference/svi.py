@@ -6,6 +6,7 @@ import copy
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Annotated, ClassVar
@@ -21,6 +22,7 @@ from scvae.inference.evidence import elbo_terms
 from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
+from scvae.kernels.workers import own_threads
 from scvae.programs.program import Program
 
 __all__ = ["Course", "NonFiniteLoss", "Training", "train"]
@@ -174,8 +176,9 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     stopped = "finished"
 
     bar = Progress(total=n_steps, disable=not progress)
+    threads = own_threads() if cells.device.type == "cpu" else nullcontext()
     program.train()
-    with unchecked(), bar:
+    with unchecked(), bar, threads:
         try:
             for part, n_nonzero in _forever(cells, training.batch_size, rows):
                 step(part, n_nonzero)

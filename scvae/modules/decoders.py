@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax, softplus
 from scvae.boundary.options import one_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvae.modules.nets import Layers, LinearWithCovariates
+from scvae.modules.nets import Layers, LinearWithCovariates, together
 
 __all__ = ["CountDecoder", "RealDecoder"]
 
@@ -77,11 +77,13 @@ class CountDecoder(nn.Module):
     def forward(self, z: Tensor, l: Tensor, batch: Batch) -> Any:
         """Return the distribution of the counts, ``[n, G]``, given ``z``, ``[n, n_latent]``, and ``l``, ``[n]``."""
         h = self.layers(z, batch.covariates)
-        mean = {"log_mean": self.w(h, batch.covariates), "log_total": l.log()}  # l softmax(f_w), [n, G]
+        outputs = [layer for layer in (self.w, self.pi, self.log_theta) if isinstance(layer, LinearWithCovariates)]
+        w, *others = together(outputs, h, batch.covariates)
+        mean: dict[str, Any] = {"log_mean": w, "log_total": l.log()}  # l softmax(f_w), [n, G]
         if self.log_theta is None:
             return Poisson(**mean)
         if isinstance(self.log_theta, LinearWithCovariates):
-            theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
+            theta = others[-1].exp()  # [n, G]
         elif self.dispersion == "gene-batch":
             of_unknown = self.log_theta.mean(0, keepdim=True)  # of cells of a batch that is not known, -1
             theta = torch.cat([self.log_theta, of_unknown])[batch.s].exp()  # type: ignore[list-item]  # [n, G]
@@ -89,7 +91,7 @@ class CountDecoder(nn.Module):
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:
             return NegativeBinomial(**mean, inverse_dispersion=theta)
-        return ZeroInflatedNegativeBinomial(**mean, inverse_dispersion=theta, gate_logits=self.pi(h, batch.covariates))
+        return ZeroInflatedNegativeBinomial(**mean, inverse_dispersion=theta, gate_logits=others[0])
 
     def rho(self, z: Tensor, batch: Batch) -> Tensor:
         """Return the expression as fractions of the whole, ``[n, G]``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.functional import embedding_bag, linear, silu
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
 
-__all__ = ["Layers", "LinearWithCovariates", "SparseLinear"]
+__all__ = ["Layers", "LinearWithCovariates", "SparseLinear", "together"]
 
 
 class SparseLinear(nn.Module):
@@ -55,6 +56,24 @@ def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor
     return embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
+class _LargeProducts(torch.autograd.Function):
+    """``x @ weight.T + bias + covariates @ by_covariates`` for each weight, in tasks that can be shared out; CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, n: int, x: Tensor, covariates: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.n = n
+        ctx.save_for_backward(x, covariates, *weights[:n])
+        return tuple(operations.linear(x, weights[:n], weights[n : 2 * n], covariates, weights[2 * n :]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, covariates, *weights = ctx.saved_tensors
+        with_x = ctx.needs_input_grad[1]
+        d_x, *others = operations.linear_backward(gradients, x, weights, covariates, with_x)
+        return None, d_x if with_x else None, None, *others
+
+
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
@@ -72,6 +91,8 @@ class LinearWithCovariates(nn.Module):
     def forward(self, x: Tensor | SparseCounts, covariates: Tensor | None) -> Tensor:  # noqa: D102
         out: Any
         if isinstance(x, Tensor) and isinstance(self.main, nn.Linear):
+            if operations.is_large(x, self.main.weight):
+                return together([self], x, covariates)[0]
             out = linear(x, self.main.weight).add_(self.main.bias)  # half the time of a product that starts at the bias
         else:
             out = self.main(x)
@@ -84,6 +105,16 @@ class LinearWithCovariates(nn.Module):
         self.main.bias.zero_()
         if self.covariates is not None:
             self.covariates.zero_()
+
+
+def together(layers: Sequence[LinearWithCovariates], x: Tensor, covariates: Tensor | None) -> Sequence[Tensor]:
+    """Return what each of some layers makes of one input: of a large one in tasks that are shared out together."""
+    weights = [layer.main.weight for layer in layers]
+    if not all(operations.is_large(x, weight) for weight in weights):
+        return [layer(x, covariates) for layer in layers]
+    by_covariates = [layer.covariates for layer in layers if layer.covariates is not None]
+    given = covariates if by_covariates else None
+    return _LargeProducts.apply(len(layers), x, given, *weights, *(layer.main.bias for layer in layers), *by_covariates)
 
 
 class Layers(nn.Module):

@@ -14,11 +14,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-PARTS = ("step", "epoch", "quality", "integration", "growth")
+PARTS = ("step", "epoch", "quality", "integration", "growth", "crowded")
 #: Test likelihood (importance-weighted, 256 samples, nats a cell, library observed) that scvi-tools reaches in its
 #: default training, mean of three seeds.
 TARGETS = {"cell_lines": -2263.25, "mouse_bladder": -533.02, "pbmc_ifnb": -458.62}
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10_000, 30_000, 100_000, 300_000, 1_000_000])
+    parser.add_argument("--crowded", action="store_const", const=["crowded"], dest="only", help="as --only crowded")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{arguments.device}.json"
@@ -128,6 +131,46 @@ def epoch(arguments: argparse.Namespace) -> dict | None:
 
 def growth(arguments: argparse.Namespace) -> dict:
     return {str(n): run("growth", n_cells=n, device=arguments.device) for n in arguments.sizes}
+
+
+def crowded(arguments: argparse.Namespace, n_epochs: int = 10) -> dict | None:
+    """Time a fit alone and beside two busy processes a core, of which it has a third of the machine if it is fair."""
+    if arguments.data is None or arguments.device != "cpu":
+        print("left out: needs --data and a CPU")
+        return None
+    path = str(arguments.data / "mouse_bladder.h5ad")
+    tasks: dict[str, tuple[str, str | None, dict]] = {"scvae": ("fit", None, {"path": path})}
+    if arguments.peer:
+        tasks["scvi-tools"] = ("scvi_fit", arguments.peer, {"path": path, "n_epochs": n_epochs})
+    runs: dict[str, dict[str, list[float]]] = {name: {"alone_s": [], "crowded_s": [], "ratio": []} for name in tasks}
+    for _ in range(arguments.repeats):
+        for name, (task, python, given) in tasks.items():
+            alone = run(task, python, **given)["seconds"]
+            with busy(2 * (os.cpu_count() or 1)):
+                beside = run(task, python, **given)["seconds"]
+            for key, value in (("alone_s", alone), ("crowded_s", beside), ("ratio", beside / alone)):
+                runs[name][key].append(value)
+    figures = {
+        name: {key: statistics.median(each) for key, each in of.items()} | {"ratios": of["ratio"]}
+        for name, of in runs.items()
+    }
+    print("times the time alone:", {name: of["ratios"] for name, of in figures.items()})
+    return figures
+
+
+@contextmanager
+def busy(n: int) -> Iterator[None]:
+    """Keep so many processes busy within the block."""
+    loops: list[subprocess.Popen] = []
+    try:
+        for _ in range(n):
+            loops.append(subprocess.Popen([sys.executable, "-c", "while True: pass"]))
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+        for loop in loops:
+            loop.wait()
 
 
 def machine(device: str) -> str:

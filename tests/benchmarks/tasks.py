@@ -262,6 +262,35 @@ def scvi_training(path: str, n_epochs: int = 20) -> dict:
     return {"training_s": epoch * min(round(20_000 / train.n_obs * 400), 400)}
 
 
+# ---- Beside other programs -----------------------------------------------------------------------------------
+
+
+def fit(path: str) -> dict:
+    """Seconds of a default ``scvae.fit``, embedding included, and of its training alone."""
+    import scvae
+    from scvae.inference import svi
+
+    train, _, batch_key = _split(path)
+    times: list[float] = []
+
+    class Clock(svi.tqdm):
+        def update(self, n: int = 1) -> None:
+            times.append(time.perf_counter())
+
+    svi.tqdm = Clock
+    start = time.perf_counter()
+    scvae.fit(train, batch_key=batch_key, progress=False)
+    return {"seconds": time.perf_counter() - start, "training_s": times[-1] - times[0]}
+
+
+def scvi_fit(path: str, n_epochs: int) -> dict:
+    """Seconds of a few epochs of scvi-tools, and of the steps alone."""
+    train, _, batch_key = _split(path)
+    start = time.perf_counter()
+    times = _scvi_times(train, n_epochs, "cpu", N_CELLS, batch_key)
+    return {"seconds": time.perf_counter() - start, "training_s": times[-1] - times[0]}
+
+
 # ---- Integration of many cells -------------------------------------------------------------------------------
 
 
