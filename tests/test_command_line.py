@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 
@@ -517,6 +518,34 @@ def test_keys_that_cannot_be_written_or_are_taken_are_refused(run, cells, fitted
             code, _, err = run(*command, key)
             assert (code, told in err, command[-1] in err, err.count("\n")) == (1, True, True, 1), err
     assert not (tmp_path / "out.h5ad").exists()
+
+
+@pytest.mark.parametrize("name", ["cells.h5", "cells.loom", "cells.zarr"])
+def test_cells_come_in_other_files_too(run, adata, tmp_path, name):
+    genes, cells = (np.array(names, dtype="S") for names in (adata.var_names, adata.obs_names))
+    if name == "cells.zarr":
+        adata.write_zarr(name)
+    else:
+        with h5py.File(name, "w") as file:
+            if name == "cells.loom":
+                file["matrix"] = adata.X.toarray().T
+                file["row_attrs/Gene"], file["col_attrs/CellID"] = genes, cells
+            else:
+                of_features = {"id": genes, "name": genes, "feature_type": np.array([b"Gene Expression"] * len(genes))}
+                of_features["genome"] = np.array([b"GRCh38"] * len(genes))
+                counts = {key: getattr(adata.X, key) for key in ("data", "indices", "indptr")}
+                for key, value in {"barcodes": cells, "shape": np.array(adata.shape[::-1]), **counts}.items():
+                    file[f"matrix/{key}"] = value
+                for key, value in of_features.items():
+                    file[f"matrix/features/{key}"] = value
+    few = ("--max-epochs", 1, "--option", "n_hidden=8", "--device", "cpu")
+    code, _, err = run("fit", name, "--output", "out.h5ad", "--model", "model", *few)
+    assert code == 0, err
+    written = anndata.read_h5ad("out.h5ad")
+    assert list(written.var_names) == list(adata.var_names)
+    np.testing.assert_array_equal(written.X.toarray(), adata.X.toarray())
+    assert run("embed", name, "--model", "model", "--output", "again.h5ad", "--device", "cpu")[0] == 0
+    np.testing.assert_array_equal(anndata.read_h5ad("again.h5ad").obsm["X_scvae"], written.obsm["X_scvae"])
 
 
 # ---- denoise and generate ----------------------------------------------------------------------------------
