@@ -5,10 +5,13 @@ from __future__ import annotations
 import dis
 import json
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,9 +54,16 @@ class _Command(TyperCommand):
         try:
             with progress.quiet(bool(ctx.params.get("quiet"))):
                 return super().invoke(ctx)
-        except KeyboardInterrupt:
-            typer.echo("\nscvae: interrupted; nothing is half-written", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt:  # which typer would make "Aborted!" and exit code 1 of
+            raise _Ended("interrupted", 130) from None
+
+
+class _Ended(BaseException):
+    """Ended from outside, by Ctrl-C or another signal; what is half-written is removed on the way."""
+
+    def __init__(self, how: str, code: int) -> None:
+        super().__init__(how)
+        self.how, self.code = how, code
 
 
 class Likelihood(StrEnum):
@@ -311,7 +321,7 @@ def fit(
         formats.write(adata, output)
         _say(f'embedding: .obsm["{key_added}"] in {output}', quiet)
     if (where := _interruption(fitted)) is not None:
-        typer.echo(f"scvae: training was interrupted {where}; what was fitted until then is written", err=True)
+        typer.echo(f"scvae: training was interrupted {where}; the result is that of unfinished training", err=True)
         raise typer.Exit(130)
 
 
@@ -332,16 +342,22 @@ def embed(
 ) -> None:
     """Embed cells, seen or new, with a saved model.
 
-    Genes may come in any order; further genes are ignored.
+    Genes may come in any order; further genes are ignored. The output is the input with the posterior mean in
+    .obsm["X_scvae"], or in --key-added, and with nothing else.
 
     For example:
 
       scvae embed new.h5ad --model model --output new_out.h5ad
     """
     files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    from scvae.boundary.keys import check_free, check_key
+
+    if key_added is not None:
+        check_key("--key-added", key_added)
     fitted = scvae.load(model, device=device)
     adata = formats.read(input)
-    key = key_added or fitted.key_added
+    key = fitted.key_added if key_added is None else key_added
+    check_free(adata, key, obsm=[key], read={"obsm": [fitted.program.schema.use_rep, fitted.program.schema.image_key]})
     adata.obsm[key] = fitted.embed(adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value)
     formats.write(adata, output)
     _say(f'embedding: .obsm["{key}"] in {output}', quiet)
@@ -396,7 +412,10 @@ def denoise(
       scvae denoise cells.h5ad --model model --batch batch_1 --genes CD3E --genes CD19 --output denoised.h5ad
     """
     files.check_output(output, "--output", inputs=[input, model], suffixes=_OUTPUT, overwrite=overwrite)
+    from scvae.boundary.keys import check_key
+
     size = _library_size(library_size)
+    check_key("--layer-added", layer_added)
     fitted = scvae.load(model, device=device)
     adata = formats.read(input)
     if layer_added in adata.layers:
@@ -687,10 +706,31 @@ def _is_refusal(error: TypeError) -> bool:
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Let the signals that would end the process at once end it in order, so that no temporary file stays."""
+
+    def end(number: int, _: object) -> None:
+        raise _Ended(f"ended by {signal.Signals(number).name}", 128 + number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+    if threading.current_thread() is not threading.main_thread():
+        ours = []  # only there a handler can be set
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main() -> None:
     """Run the command line.
 
-    Exit code 1 is for bad input, 2 for wrong usage, 130 for an interruption (Ctrl-C).
+    Exit code 1 is for bad input, 2 for wrong usage, 130 for an interruption (Ctrl-C), 128 and its number for another
+    signal.
 
     Raises
     ------
@@ -698,9 +738,13 @@ def main() -> None:
         Always, with the exit code.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ending():
             warnings.showwarning = _show_warning
             app(prog_name="scvae")
+    except _Ended as end:
+        start = "\n" * sys.stderr.isatty()  # which shows ^C
+        print(f"{start}scvae: {end.how}; nothing is half-written", file=sys.stderr)
+        sys.exit(end.code)
     except (ArithmeticError, ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, TypeError) and not _is_refusal(error):
             raise

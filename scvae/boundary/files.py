@@ -48,7 +48,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
         If it cannot be written; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place) as part:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         _flush(part)
         if place.exists():
@@ -73,7 +73,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         If it cannot be written, or something is there; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place) as part:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         for folder, _, names in os.walk(part):
             for name in names:
@@ -130,13 +130,19 @@ def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *,
         write_folder(place, write)
         return
     with _telling(path), _alone(place):
+        was_there = (place / name).exists()
         try:
             _replace_bytes(place / name, weights)
             _flush_folder(place)
             _replace_bytes(place / _DESCRIPTION, description)  # from here on the folder holds the new model
-        finally:
+        except BaseException:
+            if not was_there and _named(place) != name:
+                with suppress(OSError):
+                    (place / name).unlink(missing_ok=True)
+            raise
+        # Until the folder is flushed, a power cut may bring back the old description, which needs the old weights.
+        if _flush_folder_of(place / _DESCRIPTION):
             _sweep(place)
-    _flush_folder_of(place / name)
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
@@ -266,12 +272,12 @@ def check_output(
     if os.path.lexists(place):
         if suffixes and place.is_dir() and path.suffix.lower() != ".zarr":
             raise FileExistsError(f"{option} {path} is a folder: name a file")
-        if not overwrite:
-            raise FileExistsError(f"{option} {path} exists: name another {what}, or add --overwrite")
         if suffixes and path.suffix.lower() == ".zarr":
             raise FileExistsError(
                 f"{option} {path} exists, and a folder cannot be replaced in one step: remove it first, or name another"
             )
+        if not overwrite:
+            raise FileExistsError(f"{option} {path} exists: name another {what}, or add --overwrite")
     if not suffixes:
         check_model(path)
     elif not os.access(place.parent, os.W_OK | os.X_OK):
@@ -307,9 +313,9 @@ def _relation(place: Path, source: Path) -> str | None:
 
 
 @contextmanager
-def _beside(place: Path) -> Iterator[Path]:
+def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a name in the same folder; after the block nothing has it."""
-    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{place.suffix}"
+    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
     try:
         yield part
     finally:
@@ -391,32 +397,37 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _flush_folder_of(place: Path) -> None:
-    """Flush the name of what is in place already: a failure is no reason to say that it is not."""
+def _flush_folder_of(place: Path) -> bool:
+    """Flush the name of what is in place already, and tell whether it is: a failure is no reason to raise."""
     try:
         _flush_folder(place.parent)
+        return True
     except OSError as error:
         warnings.warn(
             f"{place} is written, but its folder could not be flushed to the disk ({_reason(error)}): after a power "
             "cut it may be what it was before.",
             stacklevel=3,
         )
+        return False
 
 
 def _sweep(folder: Path) -> None:
     """Remove what a model folder does not need: other weights than those of the model, and what was never finished."""
-    try:
-        description: Any = json.loads((folder / _DESCRIPTION).read_bytes())
-        named = _weights_of(description) if description["format"] == _FORMAT else None
-    except FileNotFoundError:
-        named = ""  # there is no model
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        named = None
+    named = _named(folder)
     with suppress(OSError):  # then the next one will
         for name in os.listdir(folder):
             stale = named is not None and name != named and _WEIGHTS.fullmatch(name)
             if stale or _PART.fullmatch(name):
                 (folder / name).unlink()
+
+
+def _named(folder: Path) -> str | None:
+    """Return the name of the weights that belong to the model in a folder, if there is one that can be read."""
+    try:
+        description: Any = json.loads((folder / _DESCRIPTION).read_bytes())
+        return _weights_of(description) if description["format"] == _FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _is_ours(name: str) -> bool:

@@ -80,16 +80,26 @@ def write(adata: AnnData, path: str | Path) -> None:
     ------
     OSError
         If it cannot be written; what was there is as it was.
+    ValueError
+        If something in the AnnData cannot be written; what was there is as it was.
     ImportError
         If zarr is missing.
     """
-    if Path(path).suffix.lower() == ".zarr":
+    is_zarr = Path(path).suffix.lower() == ".zarr"
+    if is_zarr:
         _zarr()
+    try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Writing zarr v2")  # either is read
-            files.write_folder(path, adata.write_zarr)
-    else:
-        files.write_file(path, adata.write_h5ad)
+            if is_zarr:
+                files.write_folder(path, adata.write_zarr)
+            else:
+                files.write_file(path, adata.write_h5ad)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # anndata raises this and that of what it cannot write
+        where = " ".join(getattr(error, "__notes__", ()))
+        raise ValueError(f"{path} could not be written: {error}. {where}".strip()) from error
 
 
 def _read_hdf5(path: Path, kind: str) -> AnnData:
@@ -115,8 +125,16 @@ def _read_hdf5(path: Path, kind: str) -> AnnData:
 
 
 def _read_10x(path: Path) -> AnnData:
+    import h5py
     import scanpy as sc
 
+    with h5py.File(path) as file:
+        genomes = [key for key in file if f"{key}/barcodes" in file]
+    if len(genomes) > 1:  # of Cell Ranger 2, which has other cells for each
+        raise ValueError(
+            f"{path} holds cells of several genomes, {', '.join(genomes)}: read one of them with "
+            f"scanpy.read_10x_h5(…, genome={genomes[0]!r}), and write it with adata.write_h5ad"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Variable names are not unique")  # they are made so below
         try:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 __all__ = ["Progress", "quiet", "say"]
 
 _FRACTION, _SECONDS = 0.1, 10.0  # at least so much between two lines
+_AT_LEAST = 600.0  # seconds after which there is a line in any case
 
 _is_quiet: ContextVar[bool] = ContextVar("scvae_is_quiet", default=False)
 
@@ -22,7 +23,7 @@ class Progress:
     """The progress of work of a known length, used as ``tqdm`` is.
 
     A bar fills a log file with carriage returns: where standard error is neither a terminal nor that of a notebook, a
-    line is written at most every tenth of the work and every ten seconds, and one at the end.
+    line is written at most every tenth of the work and every ten seconds, at least every ten minutes, and at the end.
 
     Parameters
     ----------
@@ -86,9 +87,10 @@ class Progress:
             return
         if self._bar is not None:
             self._bar.update(n)
-        elif self.n - self._told_n >= _FRACTION * (self.total or 0):
+        elif self.n != self.total:
             now = time.monotonic()
-            if now - self._told_at >= _SECONDS and self.n != self.total:
+            is_much = self.n - self._told_n >= _FRACTION * (self.total or 0)
+            if now - self._told_at >= (_SECONDS if is_much else _AT_LEAST):
                 self._tell(now)
 
     def set_postfix(self, values: Mapping[str, Any]) -> None:
@@ -108,7 +110,7 @@ class Progress:
         self._is_open = False
         if self._bar is not None:
             self._bar.close()
-        elif not self.disable:
+        elif not self.disable and self.n:
             self._tell(time.monotonic())
 
     def _tell(self, now: float) -> None:
@@ -153,4 +155,7 @@ def _shows_bars() -> bool:
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     if shell is not None and "IPKernelApp" in shell.config:
         return True
-    return sys.stderr.isatty()
+    try:
+        return sys.stderr.isatty()
+    except (AttributeError, ValueError):  # a stand-in that has no such question, or is closed
+        return False

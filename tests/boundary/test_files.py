@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import itertools
 import json
 import os
 import random
@@ -163,8 +164,11 @@ def test_a_model_is_the_old_one_whichever_call_fails(tmp_path, failing, monkeypa
         else:
             assert now(path) in (old, (2, model_of(2)[1]))
         assert not temporary(folder)
-        if path.exists():
-            assert len(list(path.iterdir())) == (2 if now(path) else 0)
+        if path.exists():  # former weights stay where it is not sure that they are not needed
+            at_most = {2, 3} if "fsync" in calls[-2:] or "os.open" in calls[-2:] else {2}
+            assert len(list(path.iterdir())) in (at_most if now(path) else {0})
+            files.write_model(path, *model_of(2), overwrite=True)
+            assert len(list(path.iterdir())) == 2
         if len(calls) < n:
             assert raised is None
             break
@@ -195,6 +199,139 @@ def test_a_model_is_old_or_new_wherever_the_process_stops(tmp_path, failing, mon
     else:
         pytest.fail("the calls do not end")
     assert n > 5
+
+
+class Disk:
+    """What a power cut may leave of one folder and its parent, by what POSIX promises and by nothing more.
+
+    Contents last once their file is flushed, and a name or its removal once its folder is; of what was done in a folder
+    since, any part may be lost. `calls` holds what was done, in order.
+    """
+
+    def __init__(self, root):
+        self.contents, self.names, self.calls = {}, {}, []  # names: of the folders, {name: number of a file or folder}
+        self.root = self.taken(root)
+
+    def taken(self, path):
+        number = len(self.contents)
+        self.contents[number] = None if path.is_dir() else path.read_bytes()
+        if path.is_dir():
+            self.names[number] = {}
+            self.names[number] = {each.name: self.taken(each) for each in path.iterdir()}
+        return number
+
+    def after_a_cut(self, n):
+        """Yield what may be there when the power goes after `n` calls: ``{name: bytes, or the same of a folder}``."""
+        contents, lasting = dict(self.contents), {number: dict(names) for number, names in self.names.items()}
+        seen = {number: dict(names) for number, names in self.names.items()}
+        pending = {number: [] for number in seen}
+
+        def find(path):
+            number = self.root
+            for name in path.parts:
+                number = seen[number][name]
+            return number
+
+        def change(folder, **names):
+            pending[folder].append(names)
+            seen[folder].update(names)
+
+        for what, path, more in self.calls[:n]:
+            folder = find(path.parent)
+            if what in ("create", "mkdir"):
+                number = 1000 + len(contents)
+                contents[number] = None if what == "mkdir" else b"torn"
+                if what == "mkdir":
+                    seen[number], lasting[number], pending[number] = {}, {}, []
+                change(folder, **{path.name: number})
+            elif what == "move":
+                assert folder == find(more.parent)
+                change(folder, **{more.name: find(path), path.name: None})
+            elif what == "remove":
+                change(folder, **{path.name: None})
+            elif contents[number := find(path)] is None:  # flushed
+                for names in pending[number]:
+                    lasting[number].update(names)
+                pending[number] = []
+            else:
+                contents[number] = more
+        steps = [(folder, names) for folder, changes in pending.items() for names in changes]
+        for kept in itertools.product([False, True], repeat=len(steps)):
+            left = {folder: dict(names) for folder, names in lasting.items()}
+            for (folder, names), is_kept in zip(steps, kept, strict=True):
+                if is_kept:
+                    left[folder].update(names)
+            yield self._tree(self.root, contents, left)
+
+    def _tree(self, number, contents, left):
+        if contents[number] is not None:
+            return contents[number]
+        return {name: self._tree(each, contents, left) for name, each in left[number].items() if each is not None}
+
+
+def made(tree, folder):
+    folder.mkdir()
+    for name, each in tree.items():
+        if isinstance(each, dict):
+            made(each, folder / name)
+        else:
+            (folder / name).write_bytes(each)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_a_model_is_old_or_new_after_a_power_cut(tmp_path, monkeypatch, scene):
+    root = tmp_path / "root"
+    root.mkdir()
+    old = before_and_after(scene, root / "model")
+    disk, paths = Disk(root), {}
+
+    def within(path):
+        return Path(path).absolute().relative_to(root)
+
+    def recorded(name, what):
+        real = getattr(os, name)
+
+        def call(path, *more, **how):
+            done = real(path, *more, **how)
+            disk.calls.append((what, within(path), within(more[0]) if what == "move" else None))
+            return done
+
+        monkeypatch.setattr(os, name, call)
+
+    real_open, real_os_open, real_fsync = builtins.open, os.open, os.fsync
+
+    def opened(path, mode="r", *rest, **how):
+        if "x" in mode:
+            disk.calls.append(("create", within(path), None))
+        return real_open(path, mode, *rest, **how)
+
+    def os_opened(path, *rest, **how):
+        handle = real_os_open(path, *rest, **how)
+        paths[handle] = Path(path)
+        return handle
+
+    def flushed(handle):
+        real_fsync(handle)
+        path = paths[handle]
+        disk.calls.append(("flush", within(path), None if path.is_dir() else path.read_bytes()))
+
+    for name, what in {"replace": "move", "rename": "move", "unlink": "remove", "mkdir": "mkdir"}.items():
+        recorded(name, what)
+    monkeypatch.setattr(builtins, "open", opened)
+    monkeypatch.setattr(os, "open", os_opened)
+    monkeypatch.setattr(os, "fsync", flushed)
+    files.write_model(root / "model", *model_of(2), overwrite=True)
+    monkeypatch.undo()
+    new, found = (2, model_of(2)[1]), []
+    assert [call[0] for call in disk.calls].count("flush") >= 3
+    for n in range(len(disk.calls) + 1):
+        for i, tree in enumerate(disk.after_a_cut(n)):
+            made(tree, left := tmp_path / f"{n}_{i}")
+            found.append(now(left / "model"))
+            assert found[-1] in (old, new), disk.calls[:n]
+    assert old in found
+    assert found[-1] == new  # and nothing that was said to be written is lost
+    assert all(now_is == new for now_is in found[-(i + 1) :])
 
 
 LOOP = """
@@ -373,6 +510,13 @@ def test_a_file_is_the_old_one_whichever_call_fails(tmp_path, failing, monkeypat
     assert stat.S_IMODE(path.stat().st_mode) == 0o640  # as it was
 
 
+def test_a_link_to_a_file_of_another_ending_is_followed(tmp_path):
+    (tmp_path / "table.csv").symlink_to("store")
+    files.write_file(tmp_path / "table.csv", lambda part: part.write_text(part.suffix))
+    assert (tmp_path / "store").read_text() == ".csv"
+    assert (tmp_path / "table.csv").is_symlink()
+
+
 def _nothing():
     import contextlib
 
@@ -389,6 +533,7 @@ def test_a_failure_of_the_writer_is_its_own(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be flushed")
 def test_a_folder_is_whole_or_not_there(tmp_path, failing, monkeypatch):
     path = tmp_path / "cells.zarr"
 
@@ -459,5 +604,6 @@ def test_an_output_that_is_there_is_refused_unless_told(tmp_path):
     check("a.h5ad", overwrite=True)
     with pytest.raises(FileExistsError, match="is a folder: name a file"):
         check("b.h5ad", overwrite=True)
-    with pytest.raises(FileExistsError, match="cannot be replaced in one step"):
-        check("c.zarr", overwrite=True)
+    for overwrite in (False, True):  # whoever is told to add --overwrite can do so
+        with pytest.raises(FileExistsError, match="cannot be replaced in one step: remove it first, or name another"):
+            check("c.zarr", overwrite=overwrite)

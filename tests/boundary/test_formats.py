@@ -82,6 +82,10 @@ def test_an_old_10x_file_is_read(tmp_path, counts):
     adata = formats.read(tmp_path / "a.h5")
     np.testing.assert_array_equal(adata.X.toarray(), counts.toarray())
     assert adata.var_names.is_unique
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.copy("GRCh38", "mm10")
+    with pytest.raises(ValueError, match=r"several genomes, GRCh38, mm10: .*genome='GRCh38'\), and write it with"):
+        formats.read(tmp_path / "a.h5")
 
 
 def test_an_anndata_is_read_whatever_its_ending(tmp_path, adata):
@@ -104,6 +108,14 @@ def test_a_zarr_folder_is_read_and_written(tmp_path, adata):
     (tmp_path / "empty.zarr").mkdir()
     with pytest.raises(ValueError, match=r"empty.zarr is not a .zarr folder, or is damaged"):
         formats.read(tmp_path / "empty.zarr")
+
+
+@pytest.mark.parametrize("name", ["a.h5ad", "a.zarr"])
+def test_what_cannot_be_written_is_named_and_nothing_is_left(tmp_path, adata, name):
+    adata.uns["thing"] = object()
+    with pytest.raises(ValueError, match=rf"{name} could not be written: .*thing"):
+        formats.write(adata, tmp_path / name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("block", [1, 70, 2**25])

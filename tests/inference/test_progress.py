@@ -39,6 +39,22 @@ def test_a_log_has_a_line_at_most_every_tenth_and_every_ten_seconds(clock, capsy
     assert lines[0] == "scvae: step 10 of 100 (10%), elbo=-8.5, 10 s"
 
 
+def test_long_work_has_a_line_every_ten_minutes(clock, capsys):
+    with Progress(total=100_000) as bar:
+        for _ in range(40):
+            clock.now += 60
+            bar.update()
+    assert len(capsys.readouterr().err.splitlines()) == 5
+
+
+def test_standard_error_may_be_a_stand_in(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    with Progress(total=2) as bar:
+        bar.update(2)
+    assert "".join(written) == "scvae: step 2 of 2 (100%), 0 s\n"
+
+
 def test_work_that_ends_early_says_where(capsys):
     def work():
         with Progress(total=3400) as bar:
@@ -48,6 +64,8 @@ def test_work_that_ends_early_says_where(capsys):
     with pytest.raises(TypeError, match="unsupported operand"):
         work()
     assert capsys.readouterr().err == "scvae: step 589 of 3,400 (17%), 0 s\n"
+    Progress(total=3400).close()  # before the first step something was wrong, which is said by itself
+    assert capsys.readouterr().err == ""
 
 
 def test_a_terminal_has_a_bar(monkeypatch):
@@ -94,7 +112,7 @@ def test_a_log_that_is_closed_does_not_stop_the_work(monkeypatch):
     monkeypatch.setattr(sys, "stderr", closed)
     bar = Progress(total=2)
     closed.close()
-    with bar:
+    with bar, Progress(total=1):
         bar.update(2)
     assert bar.n == 2
 
