@@ -18,16 +18,47 @@ from typing import Annotated, Any
 
 try:
     import typer
-    from typer.core import TyperCommand
-except ModuleNotFoundError as error:
-    raise SystemExit('scvae: the command line needs typer: pip install "scvae-pyro[cli]"') from error
+    from typer.core import TyperCommand, TyperGroup
 
-import scvae
-from scvae.boundary import files, formats
-from scvae.inference import progress
+    import scvae
+    from scvae.boundary import files, formats
+    from scvae.inference import progress
+except ModuleNotFoundError as error:
+    if error.name != "typer":
+        raise
+    raise SystemExit('scvae: the command line needs typer: pip install "scvae-pyro[cli]"') from error
+except KeyboardInterrupt:
+    print("scvae: interrupted; nothing is half-written", file=sys.stderr)
+    raise SystemExit(130) from None
+
+
+class _Ended(BaseException):
+    """Ended from outside, by Ctrl-C or another signal; what is half-written is removed on the way."""
+
+    def __init__(self, how: str, code: int) -> None:
+        super().__init__(how)
+        self.how, self.code = how, code
+
+
+class _Group(TyperGroup):
+    """The commands; Ctrl-C ends them with a word, where typer would say "Aborted!", or nothing."""
+
+    def make_context(self, *arguments: Any, **how: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **how)
+        except KeyboardInterrupt:
+            raise _Ended("interrupted", 130) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise _Ended("interrupted", 130) from None
+
 
 app = typer.Typer(
     name="scvae",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -41,7 +72,7 @@ _FIGURE = (".png", ".pdf", ".svg")
 
 
 class _Command(TyperCommand):
-    """A command that can be interrupted and kept quiet, and of which no option is dropped silently."""
+    """A command that can be kept quiet, and of which no option is dropped silently."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         order: list[Any] = self.make_parser(ctx).parse_args(args=list(args))[2]
@@ -51,19 +82,8 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            with progress.quiet(bool(ctx.params.get("quiet"))):
-                return super().invoke(ctx)
-        except KeyboardInterrupt:  # which typer would make "Aborted!" and exit code 1 of
-            raise _Ended("interrupted", 130) from None
-
-
-class _Ended(BaseException):
-    """Ended from outside, by Ctrl-C or another signal; what is half-written is removed on the way."""
-
-    def __init__(self, how: str, code: int) -> None:
-        super().__init__(how)
-        self.how, self.code = how, code
+        with progress.quiet(bool(ctx.params.get("quiet"))):
+            return super().invoke(ctx)
 
 
 class Likelihood(StrEnum):

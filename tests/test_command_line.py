@@ -738,3 +738,25 @@ def test_ctrl_c_in_a_comparison_is_said(run, cells, monkeypatch, tmp_path):
 def test_the_command_line_stays_light():
     code = "import sys, scvae.__main__; print({'torch', 'anndata', 'pandas', 'scanpy'} & sys.modules.keys())"
     assert in_a_fresh_process("-c", code).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("where", ["typer.core", "tqdm.auto"])
+def test_ctrl_c_while_it_starts_is_one_line_too(where):
+    code = (
+        "import sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {where!r}: raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "import scvae.__main__"
+    )
+    done = in_a_fresh_process("-c", code)
+    assert (done.returncode, done.stderr) == (130, "scvae: interrupted; nothing is half-written\n")
+
+
+def test_ctrl_c_while_arguments_are_read_is_one_line_too(run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.TyperGroup, "make_context", interrupt)
+    assert run("fit", DATA, "--model", "m") == (130, "", "scvae: interrupted; nothing is half-written\n")
