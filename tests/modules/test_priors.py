@@ -191,15 +191,15 @@ def test_clusters_are_those_that_the_data_have(fit):
     kinds = rng.integers(4, size=400)
     adata = anndata.AnnData((4 * rng.normal(size=(4, 15))[kinds] + rng.normal(size=(400, 15))).astype(np.float32))
     fit(adata, program="gaussian", prior="mixture", n_components=12, max_epochs=100, n_hidden=16)
-    table = pd.crosstab(adata.obs["here_cluster"], kinds)
+    table = pd.crosstab(adata.obs["scvae_cluster"], kinds)
     assert table.max(1).sum() > 0.98 * 400  # a cluster is of one kind
 
 
 def test_clusters_of_an_earlier_fit_are_not_left_behind(adata, fit):
     fit(adata, prior="mixture")
-    assert "here_cluster" in adata.obs
+    assert "scvae_cluster" in adata.obs
     fit(adata, prior="normal")
-    assert "here_cluster" not in adata.obs
+    assert "scvae_cluster" not in adata.obs
 
 
 # ---- VampPrior ---------------------------------------------------------------------------------------------
