@@ -459,7 +459,8 @@ class Fitted:
         with _own(adata):
             before = adata.uns.get("scvae", {})
             for stale in before.get("obs", ()):  # of an earlier fit
-                adata.obs.drop(columns=stale, errors="ignore", inplace=True)
+                if stale in adata.obs:
+                    del adata.obs[stale]
             for stale in before.get("obsm", ()) if before.get("key_added") == self.key_added else ():
                 adata.obsm.pop(stale, None)
             for name, column in obs.items():

@@ -192,7 +192,7 @@ def _numbers(adata: AnnData, key: str) -> np.ndarray:
 
 def _codes(adata: AnnData, key: str, names: Sequence[str], unknown: str) -> np.ndarray:
     column = _column(adata, key).astype(str)
-    codes = pd.Categorical(column, categories=list(names)).codes
+    codes = pd.Index(list(names)).get_indexer(column)
     new = sorted(set(column[codes < 0]))
     if new and unknown == "error":
         raise ValueError(
@@ -285,7 +285,8 @@ def _matrix(adata: AnnData, layer: str | None) -> tuple[Any, str]:
             raise ValueError("adata.X is empty: name the layer that holds the counts, layer=….")
     else:
         if layer not in adata.layers:
-            raise KeyError(f"adata.layers has no {layer!r}; it has {some(adata.layers.keys()) or 'none'}.")
+            names = [name for name in adata.layers if name is not None]  # None is .X, from anndata 0.13 on
+            raise KeyError(f"adata.layers has no {layer!r}; it has {some(names) or 'none'}.")
         matrix, where = adata.layers[layer], f"adata.layers[{layer!r}]"
     if matrix.dtype.kind not in "biuf":
         raise ValueError(f"{where} is not numeric ({matrix.dtype}): name the layer that holds the counts, layer=….")

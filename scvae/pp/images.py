@@ -600,7 +600,7 @@ def _molecules(
     if sample_key is None:
         sample = np.zeros(len(transcripts), dtype=np.int64)
     else:
-        sample = pd.Categorical(transcripts[sample_key].astype(str), categories=samples).codes.astype(np.int64)
+        sample = samples.get_indexer(transcripts[sample_key].astype(str)).astype(np.int64)
     kept = np.flatnonzero((channel >= 0) & (sample >= 0))
     masses = sparse.csr_matrix(
         (np.ones(len(kept)), channel[kept], np.arange(len(kept) + 1)), shape=(len(kept), len(names))
