@@ -1,5 +1,7 @@
 # make demo    install and run the demonstration on 700 blood cells
 # make test    install and run the tests, with line coverage
+# make test-lowest
+#              the tests with the lowest versions that pyproject.toml admits, for Python 3.11
 # make lint    ruff and mypy
 # make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
 # make docs    build the documentation into docs/_build
@@ -10,14 +12,20 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The lowest torch brings three gigabytes of CUDA libraries, so test-lowest takes the torch of constraints.txt unless it
+# is told otherwise: make test-lowest TORCH=2.6.0.
+TORCH ?= $(patsubst torch==%,%,$(shell grep '^torch==' constraints.txt))
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test test-lowest lint bench docs clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/scvae demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --cov --cov-report term-missing:skip-covered
+
+test-lowest: $(VENV)-lowest/.installed-$(TORCH)
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadscope
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -31,7 +39,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
 clean:
-	rm -rf $(VENV) $(VENV)-peers build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
+	rm -rf $(VENV) $(VENV)-lowest $(VENV)-peers build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -40,13 +48,19 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
 	touch $@
 
+$(VENV)-lowest/.installed-%: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(VENV)-lowest
+	sed 's/^torch==.*/torch==$*/' constraints-lowest.txt > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/python -m pip install -c $(VENV)-lowest/constraints.txt -e '.[dev]'
+	touch $@
+
 $(VENV)-peers/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install $(shell grep -h '^torch==' constraints.txt)
 	$(VENV)-peers/bin/python -m pip install scvi-tools==1.4.2 scanpy harmonypy scib-metrics
 	touch $@
 
-.PRECIOUS: $(VENV)/.installed-%
+.PRECIOUS: $(VENV)/.installed-% $(VENV)-lowest/.installed-%
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \

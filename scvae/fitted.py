@@ -594,7 +594,9 @@ class Fitted:
         }
         with _own(adata):
             stale = own_keys(adata, key)
-            adata.obs.drop(columns=stale["obs"], errors="ignore", inplace=True)
+            for name in stale["obs"]:
+                if name in adata.obs:
+                    del adata.obs[name]
             for name in stale["obsm"]:
                 adata.obsm.pop(name, None)
             for name, column in obs.items():

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import random
 import tracemalloc
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -43,6 +44,20 @@ def _simulated():
 @pytest.fixture
 def adata():
     return _simulated().copy()
+
+
+@pytest.fixture(scope="session")
+def no_warning():
+    """Every warning is an error, but for what anndata's own use of pandas brings about."""
+
+    @contextlib.contextmanager
+    def context():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="anndata")
+            yield
+
+    return context
 
 
 @pytest.fixture(scope="session")

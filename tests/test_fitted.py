@@ -212,5 +212,5 @@ def test_its_unknown_options_are_answered_by_its_own(adata, poisson_factors):
 
 
 def test_its_own_type_errors_are_not_disguised(adata, poisson_factors):
-    with pytest.raises(TypeError, match="^((?!Options).)*$"):
+    with pytest.raises(TypeError, match="(?s)^((?!Options).)*$"):
         scvae.fit(adata, poisson_factors, n_latent="two", progress=False)

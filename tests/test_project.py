@@ -45,12 +45,35 @@ def test_every_public_name_is_there_and_documented():
         assert getattr(scvae, name).__doc__, name
 
 
+def pins(path):
+    """Name and version of each line of a file of constraints, which may hold for some versions of Python only."""
+    lines = (ROOT / path).read_text().splitlines()
+    matches = [re.fullmatch(r'([\w.-]+)==([\w.]+)(; python_version (<|>=) "3\.\d+")?', line) for line in lines]
+    assert None not in matches
+    return [(match[1].lower().replace("_", "-"), match[2]) for match in matches]
+
+
 def test_every_requirement_has_a_tested_version():
-    lines = (ROOT / "constraints.txt").read_text().split()
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
-    tested = {line.split("==")[0].lower().replace("_", "-") for line in lines}
+    tested = {name for name, _ in pins("constraints.txt")}
     asked = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
     assert asked - {PROJECT["name"]} <= tested
+
+
+def test_every_lower_bound_is_the_lowest_tested_version():
+    groups = PROJECT["optional-dependencies"]
+    requirements = PROJECT["dependencies"] + [r for group in groups if group != "docs" for r in groups[group]]
+    bounds = {}
+    for requirement in requirements:
+        name, bound = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+)(?:,!=[\d.]+)*)?", requirement).groups()
+        if name != PROJECT["name"]:
+            bounds[name] = bound and release(bound)
+    lowest = {name: release(version) for name, version in pins("constraints-lowest.txt") if name in bounds}
+    assert bounds == lowest
+
+
+def release(version):
+    """``2.1`` and ``2.1.0`` are one version."""
+    return tuple(map(int, re.sub(r"(\.0)+$", "", version).split(".")))
 
 
 def test_the_extra_for_development_brings_what_the_tests_import():

@@ -388,7 +388,8 @@ def matrix_of(adata: AnnData, layer: str | None) -> tuple[Any, str]:
             raise ValueError(f"adata.X is empty: name the layer that holds the counts, layer=….{_in_raw(adata)}")
     else:
         if layer not in adata.layers:
-            raise KeyError(f"adata.layers has no {layer!r}; it has {some(adata.layers.keys()) or 'none'}.")
+            names = [name for name in adata.layers if name is not None]  # None is .X, from anndata 0.13 on
+            raise KeyError(f"adata.layers has no {layer!r}; it has {some(names) or 'none'}.")
         matrix, where = adata.layers[layer], f"adata.layers[{layer!r}]"
     if matrix.dtype.kind not in "biuf":
         raise ValueError(f"{where} is not numeric ({matrix.dtype}): name the layer that holds the counts, layer=….")

@@ -300,7 +300,7 @@ def test_a_density_integrates_to_one(name):
         axes = [np.linspace(m - 12 * s, m + 12 * s, 601) for m, s in zip(mean, std, strict=True)]
         at = torch.tensor(np.stack(np.meshgrid(*axes, indexing="ij"), -1)).reshape(-1, 1, 2)
         density = q.log_prob(at).exp().numpy().reshape(601, 601)
-    assert np.trapezoid(np.trapezoid(density, axes[1]), axes[0]) == pytest.approx(1, abs=1e-3)
+    assert integrate.trapezoid(integrate.trapezoid(density, axes[1]), axes[0]) == pytest.approx(1, abs=1e-3)
 
 
 def test_options_that_do_not_fit_are_refused():

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyro import poutine
-from scipy import special, stats
+from scipy import integrate, special, stats
 from sklearn.mixture import GaussianMixture
 
 from scvae.data.reading import read_cells, read_schema
@@ -134,7 +134,7 @@ def test_the_overlap_of_components_is_the_integral_of_the_root_of_their_product(
     _, loc, scale = numbers(prior)
     x = np.linspace(-40, 40, 400_001)
     density = stats.norm.pdf(x, loc, scale)  # [K, x]
-    expected = np.trapezoid(np.sqrt(density[:, None] * density[None]), x, axis=-1)
+    expected = integrate.trapezoid(np.sqrt(density[:, None] * density[None]), x, axis=-1)
     assert np.allclose(prior.overlap(), expected, atol=1e-8)
     two, many = mixture(2, 4), mixture(3, 4)  # in more dimensions, the product over them
     with torch.no_grad():
