@@ -84,8 +84,8 @@ def fit(
     device
         ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
     seed
-        Makes the fit repeatable on the same machine and device with the same number of threads
-        (``torch.get_num_threads()``); the caller's random state is left as it was.
+        Makes the fit repeatable on the same machine and device, whatever else runs there; programs of images with the
+        same number of threads (``torch.get_num_threads()``). The caller's random state is left as it was.
     key_added
         Key of ``adata.obsm`` to write to, such as ``"X_mine"``; all else that is written is named after it. What an
         earlier fit wrote under the same key is replaced.

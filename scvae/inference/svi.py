@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Annotated, ClassVar
 
@@ -18,6 +19,7 @@ from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Ran
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.cells import Cells, n_minibatches
 from scvae.inference.evidence import elbo_terms
+from scvae.inference.pace import pace_of
 from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.steps import Step
@@ -174,21 +176,24 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     stopped = "finished"
 
     bar = Progress(total=n_steps, disable=not progress)
+    sizes = {len(part) for part in rows.tensor_split(per_epoch)}
     program.train()
-    with unchecked(), bar:
+    with unchecked(), bar, pace_of(program, cells, sizes) as pace:
         try:
             for part, n_nonzero in _forever(cells, training.batch_size, rows):
-                step(part, n_nonzero)
+                pace(partial(step, part, n_nonzero))
                 recent.append(part)
                 bar.update()
                 evaluate = step.taken % every == 0 or step.taken == n_steps
                 if (evaluate or step.taken in settling or step.taken % check_every == 0) and not step.finite:
                     raise _fault(step, recent)
                 if step.taken in settling:
-                    _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
+                    with pace.steady():
+                        _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
                 if not evaluate:
                     continue
-                validation = _validate(program, cells, held_out) if len(held_out) else None
+                with pace.steady():
+                    validation = _validate(program, cells, held_out) if len(held_out) else None
                 mean_log_likelihood, mean_kl = (step.sums / (step.taken - (history["step"] or [0])[-1])).tolist()
                 step.sums.zero_()
                 history["step"].append(step.taken)

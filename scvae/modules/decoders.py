@@ -84,7 +84,8 @@ class CountDecoder(nn.Module):
             theta = self.log_theta(h, batch.covariates).exp()  # [n, G]
         elif self.dispersion == "gene-batch":
             of_unknown = self.log_theta.mean(0, keepdim=True)  # of cells of a batch that is not known, -1
-            theta = torch.cat([self.log_theta, of_unknown])[batch.s].exp()  # type: ignore[list-item]  # [n, G]
+            table = torch.cat([self.log_theta, of_unknown])  # type: ignore[list-item]
+            theta = table.index_select(0, batch.s % len(table)).exp()  # [n, G]
         else:
             theta = self.log_theta.exp()  # [1, G]
         if self.pi is None:

@@ -30,7 +30,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: SparseCounts | Tensor) -> Tensor:  # noqa: D102
         if isinstance(x, Tensor) or self.weight.is_cuda:
-            return torch.addmm(self.bias, x if isinstance(x, Tensor) else x.dense(), self.weight)
+            return product_of(x if isinstance(x, Tensor) else x.dense(), self.weight.t()) + self.bias
         return _SparseProduct.apply(self.weight, x) + self.bias
 
 
@@ -55,6 +55,75 @@ def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor
     return embedding_bag(index, rows, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
+class _Product(torch.autograd.Function):
+    """``x @ weight.T``, with sums in the same order however many threads compute them; CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _in_order(x, weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, weight = ctx.saved_tensors
+        return _in_order(grad, weight) if ctx.needs_input_grad[0] else None, _in_order(grad.t(), x)
+
+
+def product_of(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x @ weight.T``; on a CPU the same numbers in any number of threads."""
+    if x.is_cuda or x.dim() != 2 or max(*x.shape, len(weight)) <= _SHORT:
+        return linear(x, weight)
+    return _Product.apply(x, weight)
+
+
+def _in_order(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``: a long sum in parts, for the library would cut it into one part a thread."""
+    length = a.shape[1]
+    if length <= _SHORT:
+        return a @ b
+    size = length // _PARTS
+    whole = size * _PARTS
+    parts = a[:, :whole].unflatten(1, (_PARTS, size)).transpose(0, 1)
+    out = torch.bmm(parts, b[:whole].unflatten(0, (_PARTS, size))).sum(0)
+    return out.addmm_(a[:, whole:], b[whole:]) if whole < length else out
+
+
+_SHORT = 512  # terms of a sum that no thread shares
+_PARTS = 8
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation, ``[n, n_hidden]``, the same in any number of threads, by which torch's own adds up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return super().forward(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return _Normalised.apply(
+            x, self.weight, self.bias, self.running_mean, self.running_var, self.training, self.eps
+        )
+
+
+class _Normalised(torch.autograd.Function):
+    """Batch normalisation by torch's functions in one thread; CPU."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, training: bool, eps: float
+    ) -> Tensor:
+        out, *saved = operations.batch_norm(x, weight, bias, mean, variance, training, eps)
+        ctx.save_for_backward(x, weight, mean, variance, *saved)
+        ctx.how = training, eps
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *operations.batch_norm_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
+
+
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
@@ -72,7 +141,7 @@ class LinearWithCovariates(nn.Module):
     def forward(self, x: Tensor | SparseCounts, covariates: Tensor | None) -> Tensor:  # noqa: D102
         out: Any
         if isinstance(x, Tensor) and isinstance(self.main, nn.Linear):
-            out = linear(x, self.main.weight).add_(self.main.bias)  # half the time of a product that starts at the bias
+            out = product_of(x, self.main.weight).add_(self.main.bias)  # half the time of a product that starts there
         else:
             out = self.main(x)
         return out if self.covariates is None else out.addmm_(covariates, self.covariates)
@@ -118,7 +187,7 @@ class Layers(nn.Module):
             LinearWithCovariates(a, n_covariates, b, sparse_input and not i)
             for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
-        self.norm = nn.ModuleList(nn.BatchNorm1d(n_hidden, eps=1e-3) for _ in range(n_layers))
+        self.norm = nn.ModuleList(BatchNorm(n_hidden, eps=1e-3) for _ in range(n_layers))
         self.dropout = nn.Dropout(dropout_rate)
         self.n_out = widths[-1]
 

@@ -94,8 +94,7 @@ class ZINB(Program):
         n_encoded = n_covariates if o.encode_covariates else 0
         self.encoder = Layers(n_genes, n_encoded, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=True)
         self.q_z = o.make_posterior(self.encoder.n_out)
-        self.l_difference = nn.Linear(self.encoder.n_out, 1)
-        self.l_scale = nn.Linear(self.encoder.n_out, 1)
+        self.of_l = nn.Linear(self.encoder.n_out, 2)  # delta, and what tau is made of
         self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion)
         self.p_z = o.make_prior(n_genes, n_covariates)
 
@@ -115,10 +114,8 @@ class ZINB(Program):
         self.decoder.start(cells)
         self.p_z.start(cells, torch.log1p)
         with torch.no_grad():
-            nn.init.zeros_(self.l_difference.weight)
-            nn.init.zeros_(self.l_difference.bias)
-            nn.init.zeros_(self.l_scale.weight)
-            self.l_scale.bias.fill_(_L_SCALE_START)
+            nn.init.zeros_(self.of_l.weight)
+            self.of_l.bias.copy_(torch.tensor([0.0, _L_SCALE_START]))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
@@ -153,8 +150,8 @@ class ZINB(Program):
 
     def q_log_l(self, h: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``log l`` under ``q(l | x)``, each ``[n]``."""
-        loc = batch.library_size.log() + self.l_difference(h).squeeze(-1)
-        return loc, softplus(self.l_scale(h).squeeze(-1)) + _MIN_SCALE
+        delta, raw_tau = self.of_l(h).unbind(-1)
+        return batch.library_size.log() + delta, softplus(raw_tau) + _MIN_SCALE
 
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""

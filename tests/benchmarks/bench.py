@@ -39,7 +39,8 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{arguments.device}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["machine"] = machine(arguments.device)
+    if "machine" not in results or arguments.only != ["crowded"]:  # which names its own
+        results["machine"] = machine(arguments.device)
     for part in arguments.only:
         print(f"== {part}", flush=True)
         figures = globals()[part](arguments)
@@ -150,12 +151,12 @@ def crowded(arguments: argparse.Namespace, n_epochs: int = 10) -> dict | None:
                 beside = run(task, python, **given)["seconds"]
             for key, value in (("alone_s", alone), ("crowded_s", beside), ("ratio", beside / alone)):
                 runs[name][key].append(value)
-    figures = {
+    print("times the time alone:", {name: of["ratio"] for name, of in runs.items()})
+    figures: dict = {
         name: {key: statistics.median(each) for key, each in of.items()} | {"ratios": of["ratio"]}
         for name, of in runs.items()
     }
-    print("times the time alone:", {name: of["ratios"] for name, of in figures.items()})
-    return figures
+    return figures | {"machine": machine(arguments.device)}
 
 
 @contextmanager

@@ -273,11 +273,11 @@ def fit(path: str) -> dict:
     train, _, batch_key = _split(path)
     times: list[float] = []
 
-    class Clock(svi.tqdm):
+    class Clock(svi.Progress):
         def update(self, n: int = 1) -> None:
             times.append(time.perf_counter())
 
-    svi.tqdm = Clock
+    svi.Progress = Clock
     start = time.perf_counter()
     scvae.fit(train, batch_key=batch_key, progress=False)
     return {"seconds": time.perf_counter() - start, "training_s": times[-1] - times[0]}

@@ -124,7 +124,7 @@ def widen(message, factor=1.3):
 def fit_guide(program, n_cells=20_000, n_steps=1000):
     """Maximise the ELBO over the guide alone, on cells drawn from the model."""
     cells, _ = simulate(program, n_cells)
-    modules = [program.encoder, program.q_z, program.l_difference, program.l_scale]
+    modules = [program.encoder, program.q_z, program.of_l]
     optimiser = torch.optim.Adam([p for m in modules for p in m.parameters()], lr=0.02)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, n_steps)
     for _ in range(n_steps):
