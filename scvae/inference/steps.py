@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import torch
@@ -29,16 +29,14 @@ class Step:
     in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
     can be captured: after a few steps each size of minibatch is recorded and replayed from then on
     (:mod:`scvae.inference.recording`). Where that cannot be, steps are taken as the program declares them, and the log
-    says so.
+    says so. Before each step the caller sets ``rate`` and ``kl_weight`` in place, and ``decays`` when they change.
 
     Parameters
     ----------
     program, cells
         What is trained, on what.
-    decay
-        Rate of the weight decay of ``program.decayed()``.
-    rates, kl_weights
-        Learning rate and weight of the KL terms at each step, ``[n_steps]``.
+    size
+        Cells in a minibatch, at most.
     capture
         Records a function and returns one that replays it; None where steps are not to be captured.
     """
@@ -47,19 +45,16 @@ class Step:
         self,
         program: Program,
         cells: Cells,
-        decay: float,
-        rates: Tensor,
-        kl_weights: Tensor,
+        size: int,
         capture: Capture | None = None,
     ) -> None:
-        self.program, self.cells, self.capture = program, cells, capture
-        self.rates, self.kl_weights = rates.to(cells.device), kl_weights.to(cells.device)
-        self.parameters = [p for p in program.parameters() if p.requires_grad]
-        shrunk = {id(p) for p in program.decayed()}
-        self.adams = [
-            _Adam([p for p in self.parameters if id(p) not in shrunk], 0.0),
-            _Adam([p for p in self.parameters if id(p) in shrunk], decay),
-        ]
+        self.program, self.cells, self.size, self.capture = program, cells, size, capture
+        self.rate, self.kl_weight = torch.zeros((), device=cells.device), torch.zeros((), device=cells.device)
+        self.parameters: list[Tensor] = [p for p in program.parameters() if p.requires_grad]
+        self.shrunk = [*program.decayed(), *program.deviations()]
+        #: Rates, relative to the learning rate, at which these shrink, ``[n_matrices]``.
+        self.decays = torch.zeros(len(self.shrunk), device=cells.device)
+        self.adam = _Adam(self.parameters)
         self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
         self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
         self.taken = 0
@@ -81,15 +76,13 @@ class Step:
     def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
-        loss = self.kl_weights.index_select(0, self.count).squeeze() * divergence - reconstruction
+        loss = self.kl_weight * divergence - reconstruction
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
-            rate = self.rates.index_select(0, self.count).squeeze()
             self.count += 1
-            n_taken = self.count.squeeze().float()
-            of: dict[Tensor, Tensor | None] = dict(zip(self.parameters, gradients, strict=True))
-            for adam in self.adams:
-                adam.step(of, rate, n_taken)
+            for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
+                weights.mul_(kept)
+            self.adam.step(gradients, self.rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)
@@ -98,7 +91,7 @@ class Step:
         """Keep the terms of this step, unless one before it was not finite."""
         for name, term in terms.items():
             if name not in self.terms:
-                self.terms[name] = torch.zeros_like(term)  # the first minibatch is the largest
+                self.terms[name] = term.new_zeros(self.size)
             kept = self.terms[name][: len(term)]
             torch.where(self.finite, term, kept, out=kept)
         torch.where(self.finite, self.count, self.seen, out=self.seen)
@@ -121,18 +114,14 @@ class Step:
 
 
 class _Adam:
-    """Adam with decoupled weight decay; as torch.optim.AdamW, whose making takes a second for what is not used.
+    """Adam; as torch.optim.Adam, whose making takes a second for what is not used."""
 
-    Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR, algorithm 2.
-    """
-
-    def __init__(self, parameters: list[Tensor], decay: float) -> None:
-        self.decay = decay
+    def __init__(self, parameters: list[Tensor]) -> None:
         self.states = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
 
-    def step(self, gradients: dict[Tensor, Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
+    def step(self, gradients: Sequence[Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
         """Take a step of that size along the gradients, where there are any; `n_taken`, a float, counts it too."""
-        used = [(*state, gradients[state[0]]) for state in self.states if gradients[state[0]] is not None]
+        used = [(*state, g) for state, g in zip(self.states, gradients, strict=True) if g is not None]
         if not used:
             return
         parameters, means, squares, given = map(list, zip(*used, strict=True))
@@ -146,7 +135,7 @@ class _Adam:
             lr=rate,
             beta1=0.9,
             beta2=0.999,
-            weight_decay=self.decay,
+            weight_decay=0.0,
             eps=1e-8,
             amsgrad=False,
             maximize=False,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
-from scvae.boundary.process import seeded, unchecked
+from scvae.boundary.process import unchecked
 from scvae.data.cells import Cells, n_minibatches
-from scvae.inference.evidence import elbo_terms
 from scvae.inference.pace import pace_of
 from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
+from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
 from scvae.inference.steps import Step
 from scvae.programs.program import Program
 
@@ -32,32 +32,36 @@ __all__ = ["Course", "NonFiniteLoss", "Training", "train"]
 class Training(Options):
     """How a program is trained; the defaults were chosen by experiment (``tests/benchmarks/defaults.md``).
 
+    The learning rate rises, stays level, and falls to nothing over the last 30 % of the steps. Unless `max_epochs`
+    fixes the number of steps, the level stretch ends when the bound of held-out cells has stopped rising beyond its
+    noise. The cells that are held out until then join the others for the fall, so that all are trained on.
+
     Parameters
     ----------
     max_epochs
-        Passes through the training cells. By default a number of steps decides: four passes, but at least `min_steps`
-        and at most 1,500 steps, and at least one pass.
+        Passes through the cells. By default the data decide, between `min_steps` and `max_steps`.
     batch_size
         Cells in a minibatch, at most.
     learning_rate
-        Of Adam, at its peak: it rises over the first tenth of the steps and falls to nothing along a cosine.
+        Of Adam, while it is level.
     weight_decay
         Rate, relative to the learning rate, at which the weights named by :meth:`~scvae.programs.Program.decayed`
-        shrink (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR). It stands for a Gaussian prior
-        on them, which counts for less the more cells there are: beyond 1,500 training cells the rate is inversely
-        proportional to their number.
+        shrink at the start, for 1,500 cells or fewer; beyond, it is inversely proportional to their number. From there
+        on the rates are learnt on the held-out cells, one for each matrix (:mod:`scvae.inference.shrinkage`); without
+        such cells they stay.
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO. Below 1, cell types lie further apart and the model
         generalises less well; evidence is always computed with weight 1.
     kl_warmup
-        Fraction of all steps over which that weight rises to its value, from nothing.
+        Over which that weight rises to its value, from nothing; a fraction of the steps, of the fewest where their
+        number is not fixed.
     validation_fraction
-        Of the cells, held out to measure the ELBO (un-annealed, with weight 1); 0 trains on all of them.
+        Of the cells, held out while the rate is level, at most 512 of them; with 0 the rates of decay stay as they are,
+        and the bound of the training cells tells when to stop.
     patience
-        Evaluations without a better validation ELBO after which training stops. There are at most 50 in a whole
-        training.
-    min_steps
-        Steps at least, for which small data are passed through more often, where `max_epochs` is not given.
+        Evaluations whose mean must exceed that of as many earlier ones, or else the rate falls.
+    min_steps, max_steps
+        Steps at least and at most where `max_epochs` is not given.
     """
 
     max_epochs: Whole | None = None
@@ -65,41 +69,33 @@ class Training(Options):
     learning_rate: Positive = 1e-2
     weight_decay: NonNegative = 1.2
     kl_weight: NonNegative = 1.0
-    kl_warmup: Annotated[float, Range(0, 1)] = 0.3
-    validation_fraction: Fraction = 0.0
-    patience: Whole = 10
-    min_steps: Whole = 500
+    kl_warmup: Annotated[float, Range(0, 1)] = 0.15
+    validation_fraction: Fraction = 0.1
+    patience: Whole = 8
+    min_steps: Whole = 1000
+    max_steps: Whole = 3000
 
-    default_epochs: ClassVar[int] = 4
-    max_steps: ClassVar[int] = 1500
     full_decay_cells: ClassVar[int] = 1500
-    n_evaluations: ClassVar[int] = 50
-    max_validation_cells: ClassVar[int] = 2048
-    settled_at: ClassVar[tuple[float, ...]] = (0.05, 0.15, 0.3)  # fractions of the steps
+    n_evaluations: ClassVar[int] = 40  # in the fewest steps
+    max_validation_cells: ClassVar[int] = 512
+    risen_at: ClassVar[float] = 0.05  # fractions of the fewest steps
+    settled_at: ClassVar[tuple[float, ...]] = (0.025, 0.075, 0.15)
     max_settling_cells: ClassVar[int] = 2048
+    level: ClassVar[float] = 0.7  # of all steps are taken before the rate falls
+    #: In the fall the noise of large steps goes, which shrinks too: the rates of decay make up for it.
+    decay_in_fall: ClassVar[float] = 2.0
+    #: Of the weights of covariates, at the start, relative to that of the weights of z.
+    deviation_decay: ClassVar[float] = 0.04
 
     def decay(self, n_cells: int) -> float:
-        """Return the rate of the weight decay for so many training cells."""
+        """Return the rate of the weight decay to start with, for so many training cells."""
         return self.weight_decay * min(1.0, self.full_decay_cells / n_cells)
 
-    def epochs(self, per_epoch: int) -> int:
-        """Return how many passes to make, when a pass has `per_epoch` steps."""
+    def n_steps(self, per_epoch: int) -> tuple[int, int]:
+        """Return the fewest and the most steps, when a pass has `per_epoch` of them."""
         if self.max_epochs is not None:
-            return self.max_epochs
-        n_steps = max(min(self.default_epochs * per_epoch, self.max_steps), self.min_steps)
-        return max(1, round(n_steps / per_epoch))
-
-    def learning_rates(self, n_steps: int) -> Tensor:
-        """Return the learning rate at each step, ``[n_steps]``: up along a cosine for a tenth of them, then down."""
-        t = torch.arange(n_steps, dtype=torch.float64) / n_steps
-        rise, fall = (t / 0.1).clamp(max=1), ((t - 0.1) / 0.9).clamp(min=0)
-        rise, fall = (1 - torch.cos(torch.pi * rise)) / 2, (1 + torch.cos(torch.pi * fall)) / 2
-        return (self.learning_rate * (0.04 + 0.96 * rise) * fall).float()
-
-    def kl_weights(self, n_steps: int) -> Tensor:
-        """Return the weight of the KL terms at each step, ``[n_steps]``."""
-        t = torch.arange(1, n_steps + 1, dtype=torch.float64) / max(1.0, self.kl_warmup * n_steps)
-        return (self.kl_weight * t.clamp(max=1)).float()
+            return self.max_epochs * per_epoch, self.max_epochs * per_epoch
+        return self.min_steps, max(self.min_steps, self.max_steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +105,17 @@ class Course:
     Parameters
     ----------
     history
-        A row for each evaluation: ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with validation,
-        ``validation_elbo``, in nats per cell, the training ones averaged since the evaluation before; and what the
-        program monitors, by name.
+        A row for each evaluation: ``step``, ``elbo``, ``log_likelihood``, ``kl`` and, with cells held out,
+        ``validation_elbo``, in nats per cell, the training ones averaged since the evaluation before; ``weight_decay``,
+        the geometric mean of the rates at which the weights of z shrink; and what the program monitors, by name. In the
+        fall of the learning rate no cells are held out, and ``validation_elbo`` is NaN.
     stopped
-        Why the training ended: ``"finished"``, ``"early"`` or ``"interrupted"`` (Ctrl-C).
+        Why the training ended: ``"converged"``, as the bound had stopped rising; ``"finished"``, after all the steps
+        that were planned; or ``"interrupted"`` (Ctrl-C).
     n_cells
         How many cells there were, those held out counted in.
     n_steps, n_planned
-        Steps that were taken, and those that were to be taken at most.
+        Steps that were taken, and those that were to be taken, at most where the data decide.
     seconds
         That it took.
     """
@@ -139,9 +137,9 @@ class NonFiniteLoss(FloatingPointError):
 
 
 def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> Course:
-    """Maximise the ELBO by stochastic gradient ascent, and leave the program with the best weights found.
+    """Maximise the ELBO by stochastic gradient ascent.
 
-    Ctrl-C ends the training as an early stop does.
+    Ctrl-C ends the training with the weights as they are.
 
     Returns
     -------
@@ -155,10 +153,10 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     """
     start = perf_counter()
     held_out, rows = _split(cells, training)
-    per_epoch = n_minibatches(len(rows), training.batch_size)
-    n_steps = per_epoch * training.epochs(per_epoch)
-    every = -(-n_steps // training.n_evaluations)
-    settling = {round(fraction * n_steps) for fraction in training.settled_at}
+    everyone = torch.cat([held_out, rows])
+    fewest, most = training.n_steps(n_minibatches(len(rows), training.batch_size))
+    every = -(-fewest // training.n_evaluations)
+    settling = {round(fraction * fewest) for fraction in training.settled_at}
     check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
     capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
@@ -166,25 +164,40 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
         capture = Recorded
     elif cells.values.is_cuda:
         capture = CudaGraphs()
-    decay = training.decay(len(rows))
-    step = Step(program, cells, decay, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
+    step = Step(program, cells, min(training.batch_size, len(cells)), capture)
+    n_decayed = len(program.decayed())
+    step.decays[:n_decayed] = training.decay(len(cells))
+    if len(held_out):
+        step.decays[n_decayed:] = training.deviation_decay * training.decay(len(cells))
+    decays = LearntDecays(step.decays)
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
     history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
     if len(held_out):
         history["validation_elbo"] = []
-    best, best_state, waited = -math.inf, None, 0
-    stopped = "finished"
+    fall = None if fewest < most else round(training.level * most)  # the step at which the rate begins to fall
+    until, stopped = most, "finished"
+    bounds: list[float] = []
 
-    bar = Progress(total=n_steps, disable=not progress)
-    sizes = {len(part) for part in rows.tensor_split(per_epoch)}
+    bar = Progress(total=fewest, disable=not progress)
+    sizes = {len(part) for some in (rows, everyone) for part in some.tensor_split(n_minibatches(len(some), step.size))}
     program.train()
     with unchecked(), bar, pace_of(program, cells, sizes) as pace:
+        source = _forever(cells, training.batch_size, rows)
         try:
-            for part, n_nonzero in _forever(cells, training.batch_size, rows):
+            while step.taken < until:
+                if step.taken == fall:
+                    source = _forever(cells, training.batch_size, everyone)
+                    if len(held_out):
+                        step.decays.mul_(training.decay_in_fall)
+                step.rate.fill_(training.learning_rate * _rate(step.taken, training.risen_at * fewest, fall, until))
+                step.kl_weight.fill_(
+                    training.kl_weight * min(1.0, (step.taken + 1) / max(1.0, training.kl_warmup * fewest))
+                )
+                part, n_nonzero = next(source)
                 pace(partial(step, part, n_nonzero))
                 recent.append(part)
                 bar.update()
-                evaluate = step.taken % every == 0 or step.taken == n_steps
+                evaluate = step.taken % every == 0 or step.taken == until
                 if (evaluate or step.taken in settling or step.taken % check_every == 0) and not step.finite:
                     raise _fault(step, recent)
                 if step.taken in settling:
@@ -192,37 +205,62 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                         _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
                 if not evaluate:
                     continue
-                with pace.steady():
-                    validation = _validate(program, cells, held_out) if len(held_out) else None
                 mean_log_likelihood, mean_kl = (step.sums / (step.taken - (history["step"] or [0])[-1])).tolist()
                 step.sums.zero_()
                 history["step"].append(step.taken)
                 history["elbo"].append(mean_log_likelihood - mean_kl)
                 history["log_likelihood"].append(mean_log_likelihood)
                 history["kl"].append(mean_kl)
+                if n_decayed:
+                    history.setdefault("weight_decay", []).append(float(step.decays[:n_decayed].log().mean().exp()))
                 for name, value in program.monitored().items():
                     history.setdefault(name, []).append(float(value))
                 shown = {"elbo": f"{history['elbo'][-1]:.1f}"}
-                if validation is not None:
+                bounds.append(history["elbo"][-1])
+                if len(held_out):
+                    is_level = fall is None or step.taken < fall
+                    validation = math.nan
+                    if is_level:
+                        with pace.steady():
+                            validation, slopes = bound_and_slopes(program, cells, held_out, step.shrunk)
+                        if step.taken >= training.settled_at[1] * fewest:
+                            decays.update(slopes)
+                        shown["validation"] = f"{validation:.1f}"
                     history["validation_elbo"].append(validation)
-                    shown["validation"] = f"{validation:.1f}"
-                    waited += 1
-                    if validation > best:
-                        best, best_state, waited = validation, copy.deepcopy(program.state_dict()), 0
+                    bounds[-1] = validation
                 bar.set_postfix(shown)
-                if step.taken == n_steps:
-                    break
-                if waited >= training.patience and step.taken > training.kl_warmup * n_steps:
-                    stopped = "early"
-                    break
+                if fall is None:
+                    bar.total = max(fewest, round(step.taken / training.level))
+                    if step.taken >= training.level * fewest and _has_stopped(bounds, training.patience):
+                        fall, stopped = step.taken, "converged"
+                    elif step.taken >= training.level * most:
+                        fall = step.taken
+                    if fall is not None:
+                        until = bar.total = round(fall / training.level)
         except KeyboardInterrupt:
             stopped = "interrupted"
-    if best_state is not None:
-        program.load_state_dict(best_state)
     if not all(parameter.isfinite().all() for parameter in step.parameters):
         raise _fault(step, recent)
     program.eval()
-    return Course(pd.DataFrame(history), stopped, len(cells), step.taken, n_steps, perf_counter() - start)
+    return Course(pd.DataFrame(history), stopped, len(cells), step.taken, until, perf_counter() - start)
+
+
+def _rate(taken: int, risen: float, fall: int | None, until: int) -> float:
+    """Return the learning rate of the next step, as a fraction of the highest: it rises, is level, and falls."""
+    rise = min(1.0, (taken + 1) / max(1.0, risen))
+    if fall is None or taken < fall:
+        return rise
+    return rise * (1 + math.cos(math.pi * (taken - fall) / (until - fall))) / 2
+
+
+def _has_stopped(bounds: Sequence[float], n: int) -> bool:
+    """Whether the mean of the last `n` bounds exceeds that of no `n` before by more than its error."""
+    if len(bounds) < 2 * n:
+        return False
+    last = bounds[-n:]
+    error = statistics.stdev(last) / math.sqrt(n) if n > 1 else 0.0
+    best = max(statistics.fmean(bounds[i : i + n]) for i in range(len(bounds) - 2 * n + 1))
+    return statistics.fmean(last) < best + error
 
 
 def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
@@ -241,19 +279,6 @@ def _settle(program: Program, cells: Cells, rows: Tensor) -> None:
     program.eval()
     program.settle(cells, rows)
     program.train()
-
-
-@torch.no_grad()
-def _validate(program: Program, cells: Cells, rows: Tensor) -> float:
-    """Un-annealed ELBO, nats per cell, with the same draws each time and apart from those of the training."""
-    program.eval()
-    total = torch.zeros((), device=cells.device)
-    with seeded(0, cells.device):
-        for _, batch in cells.minibatches(1024, rows):
-            log_likelihood, kl = elbo_terms(program, batch)
-            total += (sum(log_likelihood.values()) - sum(kl.values())).sum()
-    program.train()
-    return float(total) / len(rows)
 
 
 def _fault(step: Step, recent: Sequence[Tensor]) -> NonFiniteLoss:

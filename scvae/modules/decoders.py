@@ -12,7 +12,7 @@ from torch.nn.functional import log_softmax, softplus
 from scvae.boundary.options import one_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.distributions import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
-from scvae.modules.nets import Layers, LinearWithCovariates
+from scvae.modules.nets import Layers, LinearWithCovariates, deviations_of
 
 __all__ = ["CountDecoder", "RealDecoder"]
 
@@ -100,6 +100,10 @@ class CountDecoder(nn.Module):
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
         outputs = [self.w] if self.pi is None else [self.w, self.pi]
         return [*self.layers.weights(), *(layer.main.weight for layer in outputs)]
+
+    def deviations(self) -> list[Tensor]:
+        """Return the weights by which the covariates act."""
+        return deviations_of(self)
 
 
 class RealDecoder(nn.Module):
@@ -191,6 +195,10 @@ class RealDecoder(nn.Module):
     def weights(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts; none of a decoder that is linear."""
         return [*self.layers.weights(), self.f.main.weight] if self.layers.linear else []
+
+    def deviations(self) -> list[Tensor]:
+        """Return the weights by which the covariates act; none of a decoder that is linear."""
+        return deviations_of(self) if self.layers.linear else []
 
 
 _GATE_START = -2.0  # a prior guess of 12 % dropout

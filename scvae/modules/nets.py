@@ -127,7 +127,7 @@ class _Normalised(torch.autograd.Function):
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
-    The covariates have weights of their own, which training leaves free where it shrinks the others. With
+    The covariates have weights of their own, which training shrinks at rates of their own (:func:`deviations_of`). With
     `sparse_input` the input is :class:`~scvae.distributions.SparseCounts`.
     """
 
@@ -153,6 +153,12 @@ class LinearWithCovariates(nn.Module):
         self.main.bias.zero_()
         if self.covariates is not None:
             self.covariates.zero_()
+
+
+def deviations_of(module: nn.Module) -> list[Tensor]:
+    """Return the weights of the covariates in all layers of a module."""
+    layers = (layer for layer in module.modules() if isinstance(layer, LinearWithCovariates))
+    return [layer.covariates for layer in layers if layer.covariates is not None]
 
 
 class Layers(nn.Module):

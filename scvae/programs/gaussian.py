@@ -92,6 +92,10 @@ class Gaussian(Program):
         """Return the weights by which ``z`` acts, unless the decoder is linear."""
         return self.decoder.weights()
 
+    def deviations(self) -> list[Tensor]:
+        """Return the weights by which the covariates act on what is decoded."""
+        return self.decoder.deviations()
+
     def model(self, batch: Batch) -> None:
         """z -> x."""
         with pyro.plate("cells", len(batch)):

@@ -69,7 +69,13 @@ class MatrixNormalVAE(Program):
     name = "matrix_normal"
     of_images = True
     latent = "F"
-    defaults = {"min_steps": 1500, "weight_decay": 0.3, "kl_warmup": 0.1}
+    defaults = {
+        "min_steps": 1500,
+        "max_steps": 1500,
+        "weight_decay": 0.3,
+        "kl_warmup": 0.1,
+        "validation_fraction": 0.0,
+    }
 
     @dataclass(frozen=True, kw_only=True)
     class Options(NetworkOptions):

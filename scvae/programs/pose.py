@@ -73,7 +73,14 @@ class Pose(Program):
     of_images = True
     #: The bound as it is from the first step: a KL that weighs more at the start empties dimensions of z for good, and
     #: one that weighs less is better with some data and worse with others.
-    defaults = {"min_steps": 1400, "learning_rate": 3e-3, "weight_decay": 0.1, "kl_warmup": 0.0}
+    defaults = {
+        "min_steps": 1400,
+        "max_steps": 1400,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "kl_warmup": 0.0,
+        "validation_fraction": 0.0,
+    }
 
     @dataclass(frozen=True, kw_only=True)
     class Options(LatentOptions):

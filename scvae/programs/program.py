@@ -133,7 +133,11 @@ class Program(nn.Module, ABC):
             refit(torch.normal(*map(torch.cat, zip(*moments, strict=True))))
 
     def decayed(self) -> list[Tensor]:
-        """Return the weights that training shrinks by ``weight_decay``; by default none."""
+        """Return the weights that training shrinks, at ``weight_decay`` to start with; by default none."""
+        return []
+
+    def deviations(self) -> list[Tensor]:
+        """Return weights that training shrinks where it can learn by how much: what a batch adds; by default none."""
         return []
 
     def monitored(self) -> dict[str, Tensor]:

@@ -124,6 +124,10 @@ class VQ(Program):
         """Return the weights by which ``z`` acts; not those of the covariates, nor offsets."""
         return self.decoder.weights()
 
+    def deviations(self) -> list[Tensor]:
+        """Return the weights by which the covariates act on what is decoded."""
+        return self.decoder.deviations()
+
     def monitored(self) -> dict[str, Tensor]:
         """Return the perplexity of the codes in the last minibatches: from 1 to K, the mean over codebooks."""
         return {"perplexity": self.codebook.perplexity()}

@@ -56,8 +56,9 @@ class ZINB(Program):
 
     Notes
     -----
-    In training, the weights by which ``z`` acts are shrunk (``weight_decay``) and those of the covariates are not: what
-    a batch explains is then cheaper to put down to the batch than to ``z``.
+    In training, the weights by which ``z`` acts are shrunk, and those of the covariates, each matrix at a rate that is
+    learnt on held-out cells (:mod:`scvae.inference.shrinkage`). Those of the covariates start almost free: what a batch
+    explains is then cheaper to put down to the batch than to ``z``.
     """
 
     name = "zinb"
@@ -120,6 +121,10 @@ class ZINB(Program):
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
         return self.decoder.weights()
+
+    def deviations(self) -> list[Tensor]:
+        """Return the weights by which the covariates act on what is decoded."""
+        return self.decoder.deviations()
 
     def model(self, batch: Batch) -> None:
         """z, l -> x."""
