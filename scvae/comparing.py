@@ -84,7 +84,7 @@ def compare(
         ``n_parameters``
             Numbers that were fitted.
         ``stopped``
-            Why training ended: ``"finished"``, ``"early"`` or ``"interrupted"`` (Ctrl-C goes on to the next one).
+            Why training ended: ``"converged"``, ``"finished"`` or ``"interrupted"`` (Ctrl-C goes on to the next one).
         ``library``
             Where the program takes the library size from: its attribute ``library_kind``, of
             :class:`~scvae.programs.ZINB` its option ``library``; ``"unstated"`` of a program without it. A library size

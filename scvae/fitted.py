@@ -119,7 +119,7 @@ class Fitted:
 
     @property
     def stopped(self) -> str:
-        """Why the training ended: ``"finished"``, ``"early"`` or ``"interrupted"``."""
+        """Why the training ended: ``"converged"``, ``"finished"`` or ``"interrupted"``."""
         return self.course.stopped
 
     @property

@@ -240,7 +240,7 @@ def split_options(kind: type[Program], options: Mapping[str, Any]) -> tuple[Trai
 
 #: What is called otherwise elsewhere.
 _ELSEWHERE = {
-    "early_stopping": "validation_fraction=0.1, which ends the training when the bound of those cells stops rising",
+    "early_stopping": "patience; training ends by itself when the bound of held-out cells has stopped rising",
     "early_stopping_patience": "patience",
     "train_size": "validation_fraction",
     "validation_size": "validation_fraction",

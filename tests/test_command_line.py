@@ -668,7 +668,7 @@ def test_ctrl_c_in_the_training_writes_what_was_fitted(tmp_path):
 def test_where_the_training_was_interrupted_is_said():
     course = SimpleNamespace(n_steps=589, n_planned=3400)
     assert command_line._interruption(SimpleNamespace(stopped="interrupted", course=course)) == "at step 589 of 3,400"
-    for stopped in ("finished", "early"):
+    for stopped in ("finished", "converged"):
         assert command_line._interruption(SimpleNamespace(stopped=stopped, course=course)) is None
 
 

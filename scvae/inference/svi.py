@@ -71,7 +71,7 @@ class Training(Options):
     kl_weight: NonNegative = 1.0
     kl_warmup: Annotated[float, Range(0, 1)] = 0.15
     validation_fraction: Fraction = 0.1
-    patience: Whole = 8
+    patience: Whole = 12
     min_steps: Whole = 1000
     max_steps: Whole = 3000
 
@@ -177,6 +177,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     fall = None if fewest < most else round(training.level * most)  # the step at which the rate begins to fall
     until, stopped = most, "finished"
     bounds: list[float] = []
+    shown: dict[str, str] = {}
 
     bar = Progress(total=fewest, disable=not progress)
     sizes = {len(part) for some in (rows, everyone) for part in some.tensor_split(n_minibatches(len(some), step.size))}
@@ -215,7 +216,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                     history.setdefault("weight_decay", []).append(float(step.decays[:n_decayed].log().mean().exp()))
                 for name, value in program.monitored().items():
                     history.setdefault(name, []).append(float(value))
-                shown = {"elbo": f"{history['elbo'][-1]:.1f}"}
+                shown["elbo"] = f"{history['elbo'][-1]:.1f}"
                 bounds.append(history["elbo"][-1])
                 if len(held_out):
                     is_level = fall is None or step.taken < fall
@@ -260,7 +261,7 @@ def _has_stopped(bounds: Sequence[float], n: int) -> bool:
     last = bounds[-n:]
     error = statistics.stdev(last) / math.sqrt(n) if n > 1 else 0.0
     best = max(statistics.fmean(bounds[i : i + n]) for i in range(len(bounds) - 2 * n + 1))
-    return statistics.fmean(last) < best + error
+    return statistics.fmean(last) <= best + error
 
 
 def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
     Returns
     -------
     matplotlib.axes.Axes
-        ELBO, nats a cell, over steps of the training.
+        ELBO, nats a cell, over steps of the training; of the cells held out, as long as they are.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ax = axes_of(ax, (5, 3.5))
     ax.plot(course["step"], course["elbo"], label="training cells")
     if "validation_elbo" in course:
-        ax.plot(course["step"], course["validation_elbo"], label="validation cells")
+        ax.plot(course["step"], course["validation_elbo"], label="held-out cells")
         ax.legend(frameon=False)
     ax.set_xlabel("step")
     ax.set_ylabel("ELBO (nats a cell)")

@@ -44,9 +44,10 @@ def trained(cells, capture, n_epochs=3, size=30):
     with seeded(0, torch.device("cpu")):
         program = ZINB(cells.schema, n_latent=3, n_hidden=8)
         program.initialise(cells)
-        n_steps = n_epochs * len(list(cells.parts(size)))
-        training = Training()
-        step = Step(program, cells, 1.0, training.learning_rates(n_steps), training.kl_weights(n_steps), capture)
+        step = Step(program, cells, size, capture)
+        step.decays.fill_(1.0)
+        step.rate.fill_(1e-2)
+        step.kl_weight.fill_(1.0)
         with unchecked():
             for _ in range(n_epochs):
                 for rows, n_nonzero in cells.parts(size, shuffle=True):
@@ -92,8 +93,9 @@ def test_a_fault_between_two_checks_is_put_down_to_its_own_step(adata, breaking)
     for where, site, n_rows in (("x", "x", None), ("gradient", "gradient", 27)):
         program = breaking(cells.schema, n_latent=3, n_hidden=8, where=where)
         program.initialise(cells)
-        training = Training()
-        step = Step(program, cells, 1.0, training.learning_rates(30), training.kl_weights(30))
+        step = Step(program, cells, 30)
+        step.rate.fill_(1e-2)
+        step.kl_weight.fill_(1.0)
         recent = []
         with unchecked():
             for rows, n_nonzero in [part for _ in range(3) for part in cells.parts(30, shuffle=True)]:
@@ -111,27 +113,40 @@ def test_adam_is_that_of_torch():
     start, gradients = torch.randn(4, 3), torch.randn(6, 4, 3)
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
     unused = torch.zeros(2)
-    adam, other = steps._Adam([ours, unused], 0.5), torch.optim.AdamW([theirs], lr=1.0, weight_decay=0.5)
+    adam, other = steps._Adam([ours, unused]), torch.optim.Adam([theirs], lr=1.0)
     for i, gradient in enumerate(gradients):
         theirs.grad = gradient
         other.param_groups[0]["lr"] = 0.1 / (i + 1)
-        adam.step({ours: gradient, unused: None}, torch.tensor(0.1 / (i + 1)), torch.tensor(i + 1.0))
+        adam.step([gradient, None], torch.tensor(0.1 / (i + 1)), torch.tensor(i + 1.0))
         other.step()
     assert torch.allclose(ours, theirs, rtol=1e-5)
     assert not unused.any()
 
 
-def test_rates_and_weights_of_the_kl_are_those_that_training_names():
-    training = Training(learning_rate=0.5, kl_weight=2.0, kl_warmup=0.5)
-    rates, weights = training.learning_rates(100), training.kl_weights(100)
-    assert rates.argmax() == 10
-    assert rates.max() == pytest.approx(0.5)
-    assert rates[0] == pytest.approx(0.02)
-    assert rates[-1] < 0.001
-    assert (rates[:10].diff() > 0).all()
-    assert (rates[10:].diff() < 0).all()
-    assert weights[49:].tolist() == [2.0] * 51
-    assert weights[:50].tolist() == pytest.approx([2 * (i + 1) / 50 for i in range(50)])
+def test_a_step_shrinks_as_adam_with_decoupled_decay_does(cells):
+    start = ZINB(cells.schema, n_latent=3, n_hidden=8)
+    ours, theirs = (ZINB(cells.schema, n_latent=3, n_hidden=8) for _ in range(2))
+    for program in (ours, theirs):
+        program.load_state_dict(start.state_dict())
+    shrunk = {id(p) for p in [*theirs.decayed(), *theirs.deviations()]}
+    groups = [[p for p in theirs.parameters() if (id(p) in shrunk) is which] for which in (True, False)]
+    other = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.5}, {"params": groups[1], "weight_decay": 0.0}], lr=0.1
+    )
+    step = Step(ours, cells, 30)
+    step.decays.fill_(0.5)
+    step.rate.fill_(0.1)
+    step.kl_weight.fill_(1.0)
+    rows = torch.arange(30)
+    with unchecked():
+        with seeded(0, torch.device("cpu")):
+            step(rows, 10_000)
+        with seeded(0, torch.device("cpu")):
+            log_likelihood, kl = steps.elbo_terms(theirs, cells.batch(rows, 10_000))
+            (sum(kl.values()) - sum(log_likelihood.values())).mean().backward()
+    other.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6), name
 
 
 @pytest.mark.gpu

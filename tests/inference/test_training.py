@@ -1,18 +1,18 @@
 """The training loop keeps its promises for any budget, and however it ends."""
 
-import copy
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from anndata import read_h5ad
+from anndata import AnnData, read_h5ad
 
 import scvae
 from scvae.boundary.process import seeded
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence, steps, svi
+from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
 from scvae.inference.steps import Step
 from scvae.inference.svi import Training, train
 from scvae.programs import ZINB
@@ -54,7 +54,8 @@ def kl_weights(monkeypatch):
 def test_the_kl_warms_up_completely_in_any_budget(
     program, cells, kl_weights, max_epochs, batch_size, kl_warmup, kl_weight
 ):
-    train(program, cells, Training(max_epochs, batch_size, kl_weight=kl_weight, kl_warmup=kl_warmup), progress=False)
+    training = Training(max_epochs, batch_size, kl_weight=kl_weight, kl_warmup=kl_warmup, validation_fraction=0)
+    train(program, cells, training, progress=False)
     n_steps = max_epochs * math.ceil(80 / batch_size)
     assert len(kl_weights) == n_steps
     assert kl_weights[-1] == pytest.approx(kl_weight, rel=1e-5)
@@ -63,43 +64,150 @@ def test_the_kl_warms_up_completely_in_any_budget(
     assert np.allclose(kl_weights, expected, rtol=1e-5)
 
 
-def test_every_cell_is_seen_once_an_epoch_and_held_out_ones_never(program, cells, monkeypatch):
+def test_every_cell_is_seen_once_an_epoch_and_held_out_ones_when_the_rate_falls(program, cells, monkeypatch):
     seen = []
     original = Step.__call__
 
     def step(self, rows, n_nonzero):
-        seen.extend(rows.tolist())
+        seen.append(rows.tolist())
         original(self, rows, n_nonzero)
 
     monkeypatch.setattr(Step, "__call__", step)
-    train(program, cells, Training(3, 16, validation_fraction=0.25), progress=False)
-    times = np.bincount(seen, minlength=80)
-    assert sorted(set(times)) == [0, 3]
-    assert (times == 0).sum() == 20
+    train(program, cells, Training(10, 15, validation_fraction=0.25), progress=False)
+    level, fall = (np.bincount(np.concatenate(part), minlength=80) for part in (seen[:28], seen[28:]))
+    assert sorted(set(level)) == [0, 7]  # 60 cells, four minibatches
+    assert (level == 0).sum() == 20
+    assert set(fall) == {2}  # 80 cells, six minibatches
 
 
-def test_history_is_of_at_most_fifty_evaluations_and_ends_with_the_last_step(program, cells):
-    course = train(program, cells, Training(38, 32, validation_fraction=0.1, patience=99), progress=False)
+def test_history_has_some_forty_evaluations_and_ends_with_the_last_step(program, cells):
+    course = train(program, cells, Training(38, 32), progress=False)
     history = course.history
     assert history["step"].iloc[-1] == 38 * 3 == course.n_steps == course.n_planned
     assert 25 <= len(history) <= 50
     assert np.allclose(np.subtract(history["log_likelihood"], history["kl"]), history["elbo"])
     assert course.stopped == "finished"
     assert np.mean(history["elbo"].iloc[-5:]) > np.mean(history["elbo"].iloc[:5])
+    held_out = history["step"] < 0.7 * course.n_steps
+    assert (history["validation_elbo"].notna() == held_out).all()
     assert not program.training
 
 
-@pytest.mark.parametrize(
-    ("per_epoch", "epochs"), [(1, 500), (6, 83), (125, 4), (400, 4), (500, 3), (782, 2), (2000, 1), (7813, 1)]
-)
-def test_by_default_a_number_of_steps_decides(per_epoch, epochs):
-    assert Training().epochs(per_epoch) == epochs
-    assert Training(max_epochs=7).epochs(per_epoch) == 7
+def test_the_rate_rises_is_level_and_falls():
+    rates = np.array([svi._rate(t, 50, 700, 1000) for t in range(1000)])
+    assert rates[0] == 1 / 50
+    assert np.allclose(np.diff(rates[:50]), 1 / 50)
+    assert (rates[49:700] == 1).all()
+    assert (np.diff(rates[700:]) < 0).all()
+    assert rates[850] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 1e-4
+    assert svi._rate(5000, 50, None, 9000) == 1
 
 
-@pytest.mark.parametrize(("per_epoch", "epochs"), [(1, 1400), (71, 20), (600, 2), (7813, 1)])
-def test_a_program_may_ask_for_more_steps_of_small_data(per_epoch, epochs):
-    assert Training(min_steps=1400).epochs(per_epoch) == epochs
+def scripted(monkeypatch, bounds):
+    """Let the bounds of the held-out cells be these."""
+    bounds = iter(bounds)
+    monkeypatch.setattr(svi, "bound_and_slopes", lambda *a: (next(bounds), torch.zeros(len(a[3]))))
+
+
+def test_the_level_stretch_ends_when_the_bound_stops_rising_beyond_its_noise(program, cells, monkeypatch):
+    rising = [-10 / (k + 1) for k in range(60)]
+    scripted(monkeypatch, [*rising, *[-0.1 + 0.02 * (-1) ** k for k in range(40)]])
+    training = Training(batch_size=40, min_steps=40, max_steps=1000, patience=5)
+    course = train(program, cells, training, progress=False)
+    assert course.stopped == "converged"
+    n_level = course.history["validation_elbo"].notna().sum()
+    assert 60 < n_level <= 70
+    assert course.n_steps == course.n_planned == round(n_level / 0.7)
+
+
+def test_a_bound_that_always_rises_is_followed_to_the_last_step(program, cells, monkeypatch):
+    scripted(monkeypatch, range(1000))
+    course = train(program, cells, Training(batch_size=40, min_steps=20, max_steps=90, patience=2), progress=False)
+    assert (course.stopped, course.n_steps) == ("finished", 90)
+
+
+def test_a_bound_that_never_rises_is_followed_for_the_fewest_steps(program, cells, monkeypatch):
+    scripted(monkeypatch, [-float(k) for k in range(1000)])
+    course = train(program, cells, Training(batch_size=40, min_steps=50, patience=2), progress=False)
+    assert (course.stopped, course.n_steps) == ("converged", round(36 / 0.7))  # at an evaluation, every two steps
+
+
+def test_without_held_out_cells_the_bound_of_the_training_cells_decides(program, cells):
+    training = Training(batch_size=40, min_steps=50, max_steps=2000, patience=3, validation_fraction=0)
+    course = train(program, cells, training, progress=False)
+    assert course.stopped == "converged"
+    assert 50 <= course.n_steps < 2000
+    assert "validation_elbo" not in course.history
+    assert not program.training
+
+
+def test_whether_a_bound_has_stopped_rising():
+    assert not svi._has_stopped([1, 2, 3], 2)
+    assert not svi._has_stopped([1, 2, 3, 4], 2)
+    assert svi._has_stopped([3, 4, 3, 4], 2)
+    assert svi._has_stopped([1, 2, 9, 9, 1, 2, 3, 4], 2)
+    assert svi._has_stopped([1, 1], 1)
+    assert not svi._has_stopped([1, 2], 1)
+
+
+# ---- Decay ------------------------------------------------------------------------------------------------
+
+
+def test_the_slopes_are_those_of_finite_differences(program, cells):
+    rows = torch.arange(30)
+    weights = [*program.decayed(), *program.deviations()]
+    with torch.no_grad():
+        for matrix in weights:
+            matrix.add_(0.1 * torch.randn_like(matrix))
+    bound, slopes = bound_and_slopes(program, cells, rows, weights)
+    with seeded(0, torch.device("cpu")), torch.no_grad():
+        program.eval()
+        assert bound == pytest.approx(float(evidence.elbo(program, cells.batch(rows)).mean()), rel=1e-5)
+    for matrix, slope in zip(weights, slopes.tolist(), strict=True):
+        around = []
+        for scale in (1.1, 1 / 1.1):
+            before = matrix.detach().clone()
+            with torch.no_grad():
+                matrix.mul_(scale)
+            around.append(-bound_and_slopes(program, cells, rows, weights)[0])
+            with torch.no_grad():
+                matrix.copy_(before)
+        assert slope == pytest.approx((around[0] - around[1]) / (2 * np.log(1.1)), rel=0.05, abs=2e-3)
+
+
+def test_rates_of_decay_follow_the_slopes():
+    rates = torch.tensor([1.0, 1.0, 0.0])
+    learnt = LearntDecays(rates)
+    for k in range(10):
+        learnt.update(torch.tensor([2.0, -3e-4, (-1.0) ** k]))
+    assert learnt.rates is rates
+    assert rates.tolist() == pytest.approx([np.exp(1.5), np.exp(-1.5), 1e-3], rel=0.3)
+    for _ in range(200):
+        learnt.update(torch.tensor([2.0, -3e-4, 0.0]))
+    assert rates[:2].tolist() == pytest.approx([20, 1e-3])
+
+
+def test_what_batches_add_is_shrunk_where_they_do_not_differ_and_kept_where_they_do():
+    """Two batches of the same kind of cells: offsets of genes by batch are noise, unless genes are planted."""
+    norms, plain = [], []
+    for scale in (0.0, 1.0):
+        rng = np.random.default_rng(0)
+        offset = np.exp(scale * rng.normal(size=(2, 100)))
+        batch = rng.integers(2, size=300)
+        adata = AnnData(rng.poisson(2 * offset[batch]).astype(np.float32))
+        adata.obs["batch"] = batch.astype(str)
+        model = scvae.fit(
+            adata, batch_key="batch", n_latent=2, n_hidden=16, min_steps=400, max_steps=400, progress=False
+        )
+        difference = model.program.decoder.w.covariates.diff(dim=0).squeeze().detach().numpy()
+        norms.append(np.abs(difference - difference.mean()).mean())
+        means = [np.log(adata.X[batch == k].mean(0)) for k in range(2)]
+        plain.append(np.abs(means[1] - means[0]).mean())
+        if scale:
+            assert np.corrcoef(difference, np.diff(np.log(offset), axis=0)[0])[0, 1] > 0.95
+    assert norms[0] < 0.6 * plain[0]
+    assert norms[1] > 0.9 * plain[1]
 
 
 def test_the_decay_counts_for_less_the_more_cells_there_are():
@@ -125,50 +233,13 @@ def test_only_the_weights_that_a_program_names_are_shrunk(cells):
         torch.manual_seed(0)
         program = ZINB(cells.schema, n_latent=2, n_hidden=4)
         program.initialise(cells)
-        train(program, cells, Training(max_epochs=20, batch_size=32, weight_decay=weight_decay), progress=False)
+        training = Training(max_epochs=20, batch_size=32, weight_decay=weight_decay, validation_fraction=0)
+        train(program, cells, training, progress=False)
         norms.append(program.decoder.w.main.weight.norm().item())
     assert norms[1] < 0.5 * norms[0]
 
 
-# ---- Early stopping ----------------------------------------------------------------------------------------
-
-
-def test_early_stopping_restores_the_best_weights(program, cells, monkeypatch):
-    script, states = [-9, -5, -3, -4, -3.5, -3.1, -8], []
-
-    def validate(program, *_):
-        states.append(copy.deepcopy(program.state_dict()))
-        return script[len(states) - 1]
-
-    monkeypatch.setattr(svi, "_validate", validate)
-    training = Training(50, 128, validation_fraction=0.2, patience=3, kl_warmup=0)
-    course = train(program, cells, training, progress=False)
-    assert course.stopped == "early"
-    assert course.history["validation_elbo"].tolist() == script[:6]
-    weights = program.state_dict()
-    assert all(torch.equal(weights[name], states[2][name]) for name in weights)
-    assert not all(torch.equal(weights[name], states[5][name]) for name in weights)
-
-
-def test_training_does_not_stop_before_the_kl_has_warmed_up(program, cells, monkeypatch):
-    monkeypatch.setattr(svi, "_validate", lambda *_: -1.0)
-    training = Training(50, 128, validation_fraction=0.2, patience=2, kl_warmup=0.5)
-    assert train(program, cells, training, progress=False).n_steps == 26
-
-
-def test_the_elbo_that_stops_is_not_annealed(program, cells, monkeypatch):
-    order = torch.arange(80)
-    monkeypatch.setattr(svi, "_split", lambda *_: (order[:20], order[20:]))
-    course = train(program, cells, Training(5, 20, kl_weight=0.01, validation_fraction=0.25), progress=False)
-    with seeded(0, torch.device("cpu")), torch.no_grad():
-        expected = evidence.elbo(program, cells.batch(order[:20])).mean()
-    assert max(course.history["validation_elbo"]) == pytest.approx(float(expected), abs=1e-3)
-
-
-def test_without_held_out_cells_the_last_weights_are_kept(program, cells):
-    course = train(program, cells, Training(2, 32), progress=False)
-    assert "validation_elbo" not in course.history
-    assert not program.training
+# ---- Held-out cells ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
@@ -203,22 +274,6 @@ def test_ctrl_c_before_the_first_step_leaves_a_usable_model_too(adata, fit, monk
     assert model.history.empty
     assert np.isfinite(model.embed(adata)).all()
     adata.write_h5ad(tmp_path / "cells.h5ad")
-
-
-def test_ctrl_c_restores_the_best_weights(program, cells, monkeypatch):
-    states = []
-
-    def validate(program, *_):
-        states.append(copy.deepcopy(program.state_dict()))
-        if len(states) == 4:
-            raise KeyboardInterrupt
-        return -float(len(states))
-
-    monkeypatch.setattr(svi, "_validate", validate)
-    course = train(program, cells, Training(50, 128, validation_fraction=0.2), progress=False)
-    assert course.stopped == "interrupted"
-    weights = program.state_dict()
-    assert all(torch.equal(weights[name], states[0][name]) for name in weights)
 
 
 # ---- Quiet, and seeded -------------------------------------------------------------------------------------
