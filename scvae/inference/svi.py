@@ -53,8 +53,11 @@ class Training(Options):
         Weight of the KL terms once warmed up; 1 is the ELBO. Below 1, cell types lie further apart and the model
         generalises less well; evidence is always computed with weight 1.
     kl_warmup
-        Over which that weight rises to its value, from nothing; a fraction of the steps, of the fewest where their
+        Over which that weight rises from nothing to `kl_level`; a fraction of the steps, of the fewest where their
         number is not fixed.
+    kl_level
+        What part of that weight the terms have while the learning rate is level; it is whole at the end of the fall.
+        The latents of cells of different types are then less drawn to the components of the prior.
     validation_fraction
         Of the cells, held out while the rate is level, at most 512 of them; with 0 the rates of decay stay as they are,
         and the bound of the training cells tells when to stop.
@@ -70,6 +73,7 @@ class Training(Options):
     weight_decay: NonNegative = 1.2
     kl_weight: NonNegative = 1.0
     kl_warmup: Annotated[float, Range(0, 1)] = 0.15
+    kl_level: Annotated[float, Range(0, 1)] = 0.5
     validation_fraction: Fraction = 0.1
     patience: Whole = 12
     min_steps: Whole = 1000
@@ -85,11 +89,23 @@ class Training(Options):
     #: In the fall the noise of large steps goes, which shrinks too: the rates of decay make up for it.
     decay_in_fall: ClassVar[float] = 2.0
     #: Of the weights of covariates, at the start, relative to that of the weights of z.
-    deviation_decay: ClassVar[float] = 0.04
+    deviation_decay: ClassVar[float] = 0.25
 
     def decay(self, n_cells: int) -> float:
         """Return the rate of the weight decay to start with, for so many training cells."""
         return self.weight_decay * min(1.0, self.full_decay_cells / n_cells)
+
+    def rate(self, taken: int, fewest: int, fall: int | None, until: int) -> float:
+        """Return the learning rate of the step after so many, where it falls from the step `fall` to `until`."""
+        rise = min(1.0, (taken + 1) / max(1.0, self.risen_at * fewest))
+        fallen = 0.0 if fall is None or taken < fall else (taken - fall) / (until - fall)
+        return self.learning_rate * rise * (1 + math.cos(math.pi * fallen)) / 2
+
+    def kl(self, taken: int, fewest: int, fall: int | None, until: int) -> float:
+        """Return the weight of the KL terms in the step after so many."""
+        rise = min(1.0, (taken + 1) / max(1.0, self.kl_warmup * fewest))
+        fallen = 0.0 if fall is None or taken < fall else (taken + 1 - fall) / (until - fall)
+        return self.kl_weight * rise * (self.kl_level + (1 - self.kl_level) * fallen)
 
     def n_steps(self, per_epoch: int) -> tuple[int, int]:
         """Return the fewest and the most steps, when a pass has `per_epoch` of them."""
@@ -174,7 +190,9 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
     if len(held_out):
         history["validation_elbo"] = []
-    fall = None if fewest < most else round(training.level * most)  # the step at which the rate begins to fall
+    fall = (
+        None if fewest < most else min(round(training.level * most), most - 1)
+    )  # the step at which the rate begins to fall
     until, stopped = most, "finished"
     bounds: list[float] = []
     shown: dict[str, str] = {}
@@ -190,10 +208,8 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                     source = _forever(cells, training.batch_size, everyone)
                     if len(held_out):
                         step.decays.mul_(training.decay_in_fall)
-                step.rate.fill_(training.learning_rate * _rate(step.taken, training.risen_at * fewest, fall, until))
-                step.kl_weight.fill_(
-                    training.kl_weight * min(1.0, (step.taken + 1) / max(1.0, training.kl_warmup * fewest))
-                )
+                step.rate.fill_(training.rate(step.taken, fewest, fall, until))
+                step.kl_weight.fill_(training.kl(step.taken, fewest, fall, until))
                 part, n_nonzero = next(source)
                 pace(partial(step, part, n_nonzero))
                 recent.append(part)
@@ -244,14 +260,6 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
         raise _fault(step, recent)
     program.eval()
     return Course(pd.DataFrame(history), stopped, len(cells), step.taken, until, perf_counter() - start)
-
-
-def _rate(taken: int, risen: float, fall: int | None, until: int) -> float:
-    """Return the learning rate of the next step, as a fraction of the highest: it rises, is level, and falls."""
-    rise = min(1.0, (taken + 1) / max(1.0, risen))
-    if fall is None or taken < fall:
-        return rise
-    return rise * (1 + math.cos(math.pi * (taken - fall) / (until - fall))) / 2
 
 
 def _has_stopped(bounds: Sequence[float], n: int) -> bool:

@@ -74,6 +74,7 @@ class MatrixNormalVAE(Program):
         "max_steps": 1500,
         "weight_decay": 0.3,
         "kl_warmup": 0.1,
+        "kl_level": 1.0,
         "validation_fraction": 0.0,
     }
 

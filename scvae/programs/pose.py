@@ -79,6 +79,7 @@ class Pose(Program):
         "learning_rate": 3e-3,
         "weight_decay": 0.1,
         "kl_warmup": 0.0,
+        "kl_level": 1.0,
         "validation_fraction": 0.0,
     }
 

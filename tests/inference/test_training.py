@@ -60,7 +60,9 @@ def test_the_kl_warms_up_completely_in_any_budget(
     assert len(kl_weights) == n_steps
     assert kl_weights[-1] == pytest.approx(kl_weight, rel=1e-5)
     steps = np.arange(1, n_steps + 1)
+    level = min(round(0.7 * n_steps), n_steps - 1)
     expected = kl_weight * np.minimum(1, steps / max(1, kl_warmup * n_steps))
+    expected *= (1 + np.maximum(0, (steps - level) / (n_steps - level))) / 2
     assert np.allclose(kl_weights, expected, rtol=1e-5)
 
 
@@ -93,15 +95,25 @@ def test_history_has_some_forty_evaluations_and_ends_with_the_last_step(program,
     assert not program.training
 
 
-def test_the_rate_rises_is_level_and_falls():
-    rates = np.array([svi._rate(t, 50, 700, 1000) for t in range(1000)])
-    assert rates[0] == 1 / 50
-    assert np.allclose(np.diff(rates[:50]), 1 / 50)
-    assert (rates[49:700] == 1).all()
-    assert (np.diff(rates[700:]) < 0).all()
-    assert rates[850] == pytest.approx(0.5)
-    assert 0 < rates[-1] < 1e-4
-    assert svi._rate(5000, 50, None, 9000) == 1
+def test_the_rate_rises_is_level_and_falls(program, cells, monkeypatch):
+    rates, weights = [], []
+    original = Step.__call__
+
+    def step(self, *args):
+        rates.append(float(self.rate))
+        weights.append(float(self.kl_weight))
+        original(self, *args)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    training = Training(100, 128, learning_rate=0.02, kl_weight=3.0, kl_warmup=0.2, kl_level=0.4)
+    train(program, cells, training, progress=False)
+    rates, weights = np.array(rates), np.array(weights)
+    assert np.allclose(rates[:5], 0.02 * np.arange(1, 6) / 5)
+    assert np.allclose(rates[5:70], 0.02)
+    assert np.allclose(rates[70:], 0.01 * (1 + np.cos(np.pi * np.arange(30) / 30)))
+    assert np.allclose(weights[:20], 1.2 * np.arange(1, 21) / 20)
+    assert np.allclose(weights[20:70], 1.2)
+    assert np.allclose(weights[70:], 1.2 + 1.8 * np.arange(1, 31) / 30)
 
 
 def scripted(monkeypatch, bounds):
