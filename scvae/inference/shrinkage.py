@@ -1,9 +1,8 @@
 """How much each matrix of weights is shrunk, learnt on cells that are held out.
 
 The weights of a decoder have Gaussian priors of mean zero, whose widths differ from matrix to matrix and from data to
-data: what ``z`` does to the expression is learnt from every cell, what a batch adds, from its own cells alone. The
-widths stand for rates of decay (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR). A rate is
-right where the bound of cells that were not trained on neither rises nor falls with the scale of the matrix. So each
+data. The widths stand for rates of decay (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR). A
+rate is right where the bound of cells that were not trained on neither rises nor falls with the scale of the matrix. So each
 rate follows the derivative of that bound in the logarithm of the scale, a hypergradient of a single step (as in Baydin
 et al. 2018, Online Learning Rate Adaptation with Hypergradient Descent, ICLR).
 """

@@ -48,7 +48,8 @@ class Training(Options):
         Rate, relative to the learning rate, at which the weights named by :meth:`~scvae.programs.Program.decayed`
         shrink at the start, for 1,500 cells or fewer; beyond, it is inversely proportional to their number. From there
         on the rates are learnt on the held-out cells, one for each matrix (:mod:`scvae.inference.shrinkage`); without
-        such cells they stay.
+        such cells they stay. What batches and covariates add, :meth:`~scvae.programs.Program.deviations`, is free while
+        the learning rate is level, so that it is not put down to ``z``, and shrinks during the fall.
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO. Below 1, cell types lie further apart and the model
         generalises less well; evidence is always computed with weight 1.
@@ -88,8 +89,6 @@ class Training(Options):
     level: ClassVar[float] = 0.7  # of all steps are taken before the rate falls
     #: In the fall the noise of large steps goes, which shrinks too: the rates of decay make up for it.
     decay_in_fall: ClassVar[float] = 2.0
-    #: Of the weights of covariates, at the start, relative to that of the weights of z.
-    deviation_decay: ClassVar[float] = 0.25
 
     def decay(self, n_cells: int) -> float:
         """Return the rate of the weight decay to start with, for so many training cells."""
@@ -183,9 +182,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     step = Step(program, cells, min(training.batch_size, len(cells)), capture)
     n_decayed = len(program.decayed())
     step.decays[:n_decayed] = training.decay(len(cells))
-    if len(held_out):
-        step.decays[n_decayed:] = training.deviation_decay * training.decay(len(cells))
-    decays = LearntDecays(step.decays)
+    decays = LearntDecays(step.decays[:n_decayed])
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
     history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
     if len(held_out):
@@ -206,6 +203,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
             while step.taken < until:
                 if step.taken == fall:
                     source = _forever(cells, training.batch_size, everyone)
+                    step.decays[n_decayed:] = training.decay(len(cells))
                     if len(held_out):
                         step.decays.mul_(training.decay_in_fall)
                 step.rate.fill_(training.rate(step.taken, fewest, fall, until))
@@ -239,7 +237,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                     validation = math.nan
                     if is_level:
                         with pace.steady():
-                            validation, slopes = bound_and_slopes(program, cells, held_out, step.shrunk)
+                            validation, slopes = bound_and_slopes(program, cells, held_out, step.shrunk[:n_decayed])
                         if step.taken >= training.settled_at[1] * fewest:
                             decays.update(slopes)
                         shown["validation"] = f"{validation:.1f}"

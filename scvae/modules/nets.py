@@ -127,7 +127,7 @@ class _Normalised(torch.autograd.Function):
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
-    The covariates have weights of their own, which training shrinks at rates of their own (:func:`deviations_of`). With
+    The covariates have weights of their own, which training shrinks later than the others. With
     `sparse_input` the input is :class:`~scvae.distributions.SparseCounts`.
     """
 

@@ -137,7 +137,7 @@ class Program(nn.Module, ABC):
         return []
 
     def deviations(self) -> list[Tensor]:
-        """Return weights that training shrinks where it can learn by how much: what a batch adds; by default none."""
+        """Return the weights that training shrinks while its rate falls: what a batch adds; by default none."""
         return []
 
     def monitored(self) -> dict[str, Tensor]:
