@@ -2,9 +2,9 @@
 
 The weights of a decoder have Gaussian priors of mean zero, whose widths differ from matrix to matrix and from data to
 data. The widths stand for rates of decay (Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, ICLR). A
-rate is right where the bound of cells that were not trained on neither rises nor falls with the scale of the matrix. So each
-rate follows the derivative of that bound in the logarithm of the scale, a hypergradient of a single step (as in Baydin
-et al. 2018, Online Learning Rate Adaptation with Hypergradient Descent, ICLR).
+rate is right where the bound of cells that were not trained on neither rises nor falls with the scale of the matrix. So
+each rate follows the derivative of that bound in the logarithm of the scale, a hypergradient of a single step (as in
+Baydin et al. 2018, Online Learning Rate Adaptation with Hypergradient Descent, ICLR).
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ class ZINB(Program):
     -----
     In training, the weights by which ``z`` acts are shrunk, each matrix at a rate that is learnt on held-out cells
     (:mod:`scvae.inference.shrinkage`). Those of the covariates are free until the learning rate falls: what a batch
-    explains is then cheaper to put down to the batch than to ``z``. In the fall they are shrunk too, as those of a small
-    batch are mostly noise.
+    explains is then cheaper to put down to the batch than to ``z``. In the fall they are shrunk too, as those of
+    a small batch are mostly noise.
     """
 
     name = "zinb"
