@@ -435,12 +435,12 @@ def test_questions_that_make_no_sense_are_refused(adata, model):
 
 def test_a_loss_that_is_not_finite_stops_the_training_and_names_step_site_and_cells(adata, breaking, refused):
     message = r"not finite at step 4, site 'x', in \d+ cells \('cell_\d+', .*learning_rate. The AnnData is unchanged"
-    refused(adata, NonFiniteLoss, message, program=breaking, batch_key="batch")
+    refused(adata, NonFiniteLoss, message, program=breaking, batch_key="batch", validation_fraction=0)
 
 
 def test_the_cells_named_are_those_at_fault(adata, breaking, fit):
     with pytest.raises(NonFiniteLoss) as caught:
-        fit(adata, breaking, batch_key="batch")
+        fit(adata, breaking, batch_key="batch", validation_fraction=0)
     assert caught.value.step == 4
     assert set(adata.obs["batch"].iloc[caught.value.rows]) == {"batch_1"}
     names = re.findall(r"'(cell_\d+)'", str(caught.value))
@@ -448,7 +448,8 @@ def test_the_cells_named_are_those_at_fault(adata, breaking, fit):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_training_too(adata, breaking, refused):
-    refused(adata, NonFiniteLoss, r"not finite at step 4, site 'gradient'", program=breaking, where="gradient")
+    message = r"not finite at step 4, site 'gradient'"
+    refused(adata, NonFiniteLoss, message, program=breaking, where="gradient", validation_fraction=0)
 
 
 def test_a_learning_rate_that_is_far_too_high_is_named_or_survived(adata, fit, unchanged):

@@ -607,7 +607,7 @@ def test_quiet_says_nothing_and_without_it_a_log_stays_short(run, fitted_model, 
     fit = ("fit", "a.h5ad", "--output", "o.h5ad", "--overwrite", "--max-epochs", 3, "--option", "n_hidden=8")
     code, out, err = run(*fit)
     assert (code, out) == (0, 'embedding: .obsm["X_scvae"] in o.h5ad\n')
-    assert re.fullmatch(r"scvae: zinb, .*\nscvae: step 3 of 3 \(100%\), elbo=\S+, \d s\n", err)
+    assert re.fullmatch(r"scvae: zinb, .*\nscvae: step 3 of 3 \(100%\), elbo=\S+ validation=\S+, \d s\n", err)
     assert run(*fit, "--quiet") == (0, "", "")
     assert run("embed", "a.h5ad", "--model", "model", "--output", "e.h5ad", "-q") == (0, "", "")
     assert run("denoise", "a.h5ad", "--model", "model", "--output", "d.h5ad", "-q") == (0, "", "")

@@ -39,6 +39,8 @@ class Step:
         Cells in a minibatch, at most.
     capture
         Records a function and returns one that replays it; None where steps are not to be captured.
+    deviation_scale
+        Standard deviation of the prior of ``program.deviations()``.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Step:
         cells: Cells,
         size: int,
         capture: Capture | None = None,
+        deviation_scale: float = 1.0,
     ) -> None:
+        self.deviation_scale = deviation_scale
         self.program, self.cells, self.size, self.capture = program, cells, size, capture
         self.rate, self.kl_weight = torch.zeros((), device=cells.device), torch.zeros((), device=cells.device)
         self.parameters: list[Tensor] = [p for p in program.parameters() if p.requires_grad]
-        self.shrunk = [*program.decayed(), *program.deviations()]
+        self.shrunk, self.deviations = program.decayed(), program.deviations()
         #: Rates, relative to the learning rate, at which these shrink, ``[n_matrices]``.
         self.decays = torch.zeros(len(self.shrunk), device=cells.device)
         self.adam = _Adam(self.parameters)
@@ -77,11 +81,14 @@ class Step:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
         loss = self.kl_weight * divergence - reconstruction
+        for weights in self.deviations:  # minus the log density of their prior, per cell
+            loss = loss + weights.square().sum() / (2 * self.deviation_scale**2 * len(self.cells))
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             self.count += 1
-            for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
-                weights.mul_(kept)
+            if self.shrunk:
+                for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
+                    weights.mul_(kept)
             self.adam.step(gradients, self.rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations

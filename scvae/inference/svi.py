@@ -48,8 +48,11 @@ class Training(Options):
         Rate, relative to the learning rate, at which the weights named by :meth:`~scvae.programs.Program.decayed`
         shrink at the start, for 1,500 cells or fewer; beyond, it is inversely proportional to their number. From there
         on the rates are learnt on the held-out cells, one for each matrix (:mod:`scvae.inference.shrinkage`); without
-        such cells they stay. What batches and covariates add, :meth:`~scvae.programs.Program.deviations`, is free while
-        the learning rate is level, so that it is not put down to ``z``, and shrinks during the fall.
+        such cells they stay.
+    deviation_scale
+        Standard deviation of the Gaussian prior of the weights by which batches and other covariates act,
+        :meth:`~scvae.programs.Program.deviations`: of the logarithm of the expression, where they act on it. What a
+        few cells say of a gene in a batch is held back by it, what many cells say is not.
     kl_weight
         Weight of the KL terms once warmed up; 1 is the ELBO. Below 1, cell types lie further apart and the model
         generalises less well; evidence is always computed with weight 1.
@@ -72,6 +75,7 @@ class Training(Options):
     batch_size: Annotated[int, Range(2)] = 128
     learning_rate: Positive = 1e-2
     weight_decay: NonNegative = 1.2
+    deviation_scale: Positive = 0.5
     kl_weight: NonNegative = 1.0
     kl_warmup: Annotated[float, Range(0, 1)] = 0.15
     kl_level: Annotated[float, Range(0, 1)] = 0.5
@@ -179,14 +183,11 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
         capture = Recorded
     elif cells.values.is_cuda:
         capture = CudaGraphs()
-    step = Step(program, cells, min(training.batch_size, len(cells)), capture)
-    n_decayed = len(program.decayed())
-    step.decays[:n_decayed] = training.decay(len(cells))
-    decays = LearntDecays(step.decays[:n_decayed])
+    step = Step(program, cells, min(training.batch_size, len(cells)), capture, training.deviation_scale)
+    step.decays.fill_(training.decay(len(cells)))
+    decays = LearntDecays(step.decays)
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
-    history: dict[str, list] = {"step": [], "elbo": [], "log_likelihood": [], "kl": []}
-    if len(held_out):
-        history["validation_elbo"] = []
+    history: list[dict[str, float]] = []
     fall = (
         None if fewest < most else min(round(training.level * most), most - 1)
     )  # the step at which the rate begins to fall
@@ -203,7 +204,6 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
             while step.taken < until:
                 if step.taken == fall:
                     source = _forever(cells, training.batch_size, everyone)
-                    step.decays[n_decayed:] = training.decay(len(cells))
                     if len(held_out):
                         step.decays.mul_(training.decay_in_fall)
                 step.rate.fill_(training.rate(step.taken, fewest, fall, until))
@@ -213,36 +213,33 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                 recent.append(part)
                 bar.update()
                 evaluate = step.taken % every == 0 or step.taken == until
-                if (evaluate or step.taken in settling or step.taken % check_every == 0) and not step.finite:
+                settle = step.taken in settling
+                if (evaluate or settle or step.taken % check_every == 0) and not step.finite:
                     raise _fault(step, recent)
-                if step.taken in settling:
+                if (evaluate or settle) and not _is_finite([*program.parameters(), *program.buffers()]):
+                    raise _fault(step, recent)
+                if settle:
                     with pace.steady():
                         _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
                 if not evaluate:
                     continue
-                mean_log_likelihood, mean_kl = (step.sums / (step.taken - (history["step"] or [0])[-1])).tolist()
+                since = step.taken - (history[-1]["step"] if history else 0)
+                log_likelihood, kl = (step.sums / since).tolist()
                 step.sums.zero_()
-                history["step"].append(step.taken)
-                history["elbo"].append(mean_log_likelihood - mean_kl)
-                history["log_likelihood"].append(mean_log_likelihood)
-                history["kl"].append(mean_kl)
-                if n_decayed:
-                    history.setdefault("weight_decay", []).append(float(step.decays[:n_decayed].log().mean().exp()))
-                for name, value in program.monitored().items():
-                    history.setdefault(name, []).append(float(value))
-                shown["elbo"] = f"{history['elbo'][-1]:.1f}"
-                bounds.append(history["elbo"][-1])
+                row = {"step": step.taken, "elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
+                shown["elbo"] = f"{row['elbo']:.1f}"
                 if len(held_out):
-                    is_level = fall is None or step.taken < fall
-                    validation = math.nan
-                    if is_level:
+                    row["validation_elbo"] = math.nan
+                    if fall is None or step.taken < fall:
                         with pace.steady():
-                            validation, slopes = bound_and_slopes(program, cells, held_out, step.shrunk[:n_decayed])
+                            row["validation_elbo"], slopes = bound_and_slopes(program, cells, held_out, step.shrunk)
                         if step.taken >= training.settled_at[1] * fewest:
                             decays.update(slopes)
-                        shown["validation"] = f"{validation:.1f}"
-                    history["validation_elbo"].append(validation)
-                    bounds[-1] = validation
+                        shown["validation"] = f"{row['validation_elbo']:.1f}"
+                if step.shrunk:
+                    row["weight_decay"] = float(step.decays.log().mean().exp())
+                history.append(row | {name: float(value) for name, value in program.monitored().items()})
+                bounds.append(row.get("validation_elbo", row["elbo"]))
                 bar.set_postfix(shown)
                 if fall is None:
                     bar.total = max(fewest, round(step.taken / training.level))
@@ -254,10 +251,18 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
                         until = bar.total = round(fall / training.level)
         except KeyboardInterrupt:
             stopped = "interrupted"
-    if not all(parameter.isfinite().all() for parameter in step.parameters):
+    if not _is_finite(step.parameters):
         raise _fault(step, recent)
     program.eval()
-    return Course(pd.DataFrame(history), stopped, len(cells), step.taken, until, perf_counter() - start)
+    table = pd.DataFrame(history, columns=list(history[0] if history else _COLUMNS))
+    return Course(table, stopped, len(cells), step.taken, until, perf_counter() - start)
+
+
+_COLUMNS = ("step", "elbo", "log_likelihood", "kl")  # of every history
+
+
+def _is_finite(parameters: Sequence[Tensor]) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in parameters)
 
 
 def _has_stopped(bounds: Sequence[float], n: int) -> bool:

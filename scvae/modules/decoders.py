@@ -60,7 +60,7 @@ class CountDecoder(nn.Module):
 
     @torch.no_grad()
     def start(self, cells: Cells) -> None:
-        """Start at the mean expression of each batch."""
+        """Start at the mean expression of each batch, where there are counts enough to tell it from that of all."""
         s = self.schema.batch_of(cells.codes)
         n_batches = len(self.schema.batches)
         totals = torch.stack([cells.gene_totals((s == k).nonzero().squeeze(-1)) for k in range(n_batches)])
@@ -70,7 +70,7 @@ class CountDecoder(nn.Module):
                 layer.start()
         self.w.main.bias.copy_(overall)
         if self.schema.batch_key is not None:
-            self.w.covariates[:n_batches] = _log_fraction(totals) - overall
+            self.w.covariates[:n_batches] = (_log_fraction(totals) - overall) * totals / (totals + _PRIOR_COUNTS)
         if self.pi is not None:
             self.pi.main.bias.fill_(_GATE_START)
 
@@ -201,6 +201,7 @@ class RealDecoder(nn.Module):
         return deviations_of(self) if self.layers.linear else []
 
 
+_PRIOR_COUNTS = 4.0  # tell as much of a log fraction as a prior of standard deviation 0.5 does
 _GATE_START = -2.0  # a prior guess of 12 % dropout
 _LEAST_NOISE = 1e-3  # in units of the data's standard deviation
 _LEAST_UNIT = 1e-6

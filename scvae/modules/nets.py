@@ -127,7 +127,7 @@ class _Normalised(torch.autograd.Function):
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
-    The covariates have weights of their own, which training shrinks later than the others. With
+    The covariates have weights of their own, which have a prior of their own in training. With
     `sparse_input` the input is :class:`~scvae.distributions.SparseCounts`.
     """
 

@@ -130,14 +130,16 @@ class Program(nn.Module, ABC):
         refit = getattr(getattr(self, "p_z", None), "refit", None)
         if refit is not None:
             moments = [self.embed(batch) for _, batch in cells.minibatches(1024, rows)]
-            refit(torch.normal(*map(torch.cat, zip(*moments, strict=True))))
+            mean, std = map(torch.cat, zip(*moments, strict=True))
+            if (mean + std).isfinite().all():  # or else the next step says what is at fault
+                refit(torch.normal(mean, std))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights that training shrinks, at ``weight_decay`` to start with; by default none."""
         return []
 
     def deviations(self) -> list[Tensor]:
-        """Return the weights that training shrinks while its rate falls: what a batch adds; by default none."""
+        """Return weights of covariates, which have a prior of scale ``deviation_scale``; by default none."""
         return []
 
     def monitored(self) -> dict[str, Tensor]:

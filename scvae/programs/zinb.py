@@ -57,9 +57,8 @@ class ZINB(Program):
     Notes
     -----
     In training, the weights by which ``z`` acts are shrunk, each matrix at a rate that is learnt on held-out cells
-    (:mod:`scvae.inference.shrinkage`). Those of the covariates are free until the learning rate falls: what a batch
-    explains is then cheaper to put down to the batch than to ``z``. In the fall they are shrunk too, as those of
-    a small batch are mostly noise.
+    (:mod:`scvae.inference.shrinkage`). Those of the covariates have a Gaussian prior (``deviation_scale``), which holds
+    back what few cells say: what a batch explains remains cheaper to put down to the batch than to ``z``.
     """
 
     name = "zinb"

@@ -64,7 +64,7 @@ def test_history_draws_the_validation_where_there_is_one(adata, fit):
     np.testing.assert_array_equal(validation.get_ydata(), model.history["validation_elbo"])
     assert ax.get_legend() is not None
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("step", "ELBO (nats a cell)")
-    ax = pl.history(fit(adata).history)
+    ax = pl.history(fit(adata, validation_fraction=0).history)
     assert (len(ax.lines), ax.get_legend()) == (1, None)
 
 

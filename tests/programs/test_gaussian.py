@@ -257,7 +257,7 @@ def test_noise_that_is_learnt_approaches_that_of_the_data(noise):
     rng = np.random.default_rng(1)
     true = np.array([0.3, 0.6, 1.2] * 6) if noise == "gene" else np.full(18, 0.6)
     x = rng.normal(size=(600, 2)) @ rng.normal(size=(2, 18)) + true * rng.normal(size=(600, 18))
-    options = {"n_latent": 2, "n_hidden": 0, "max_epochs": 150, "learning_rate": 0.03}
+    options = {"n_latent": 2, "n_hidden": 0, "max_epochs": 150, "kl_level": 1.0}
     model = scvae.fit(AnnData(x.astype(np.float32)), "gaussian", noise=noise, progress=False, **options)
     assert np.allclose(model.program.decoder.sigma().detach(), true if noise == "gene" else 0.6, rtol=0.15)
 
