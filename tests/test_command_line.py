@@ -310,6 +310,7 @@ def commands(model="model"):
     yield ("denoise", "a.h5ad", "--model", model)
     yield ("generate", "--model", model, "--n", 3)
     yield ("cluster", "a.h5ad", "--n-clusters", 2)
+    yield ("tune", "a.h5ad")
 
 
 @pytest.mark.parametrize("name", ["a.h5ad", "sub/../a.h5ad", "soft.h5ad", "hard.h5ad"])

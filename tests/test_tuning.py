@@ -1,14 +1,19 @@
 """Tuning keeps to its budget, prefers the default in doubt, finds what is better, and writes all or nothing."""
 
 import inspect
+import json
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import anndata
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 
 import scvae
+import scvae.__main__ as command_line
 from scvae import pl, tuning
 from scvae.configurations import arguments_of
 from scvae.fitting import split_options
@@ -18,6 +23,7 @@ from scvae.tuning import small_changes, tune
 
 matplotlib.use("Agg")
 
+DATA = Path(__file__).parents[1] / "data" / "simulated_small.h5ad"
 QUICK = {"progress": False, "n_samples": 4, "max_epochs": 2, "batch_size": 32, "n_hidden": 8, "test_fraction": 0.2}
 SMALL = {"n_latent=2": {"n_latent": 2}, "n_latent=4": {"n_latent": 4}}
 
@@ -381,3 +387,91 @@ def test_nothing_is_written_where_the_final_fit_fails(adata, monkeypatch, unchan
     monkeypatch.setattr(tuning, "fit", failing)
     with unchanged(adata), pytest.raises(RuntimeError, match="Configuration '.*': no memory is left"):
         tune(adata, SMALL, **QUICK)
+
+
+# ---- The command line -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run ``scvae tune`` in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["scvae", "tune", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            command_line.main()
+        code = exit.value.code
+        out, err = capsys.readouterr()
+        return (1, out, err + code + "\n") if isinstance(code, str) else (code or 0, out, err)
+
+    return run
+
+
+def test_the_command_writes_what_the_function_gives(run, tmp_path):
+    (tmp_path / "c.json").write_text(json.dumps(SMALL))
+    code, out, _ = run(
+        DATA, "--configurations", "c.json", "--batch-key", "batch", "--max-epochs", 2, "--n-samples", 4, "--seed", 3,
+        "--test-fraction", 0.2, "--device", "cpu", "--key-added", "X_mine", "--output", "out.h5ad", "--model", "model",
+        "--table", "table.csv", "--figure", "tuning.png",
+    )  # fmt: skip
+    assert code == 0
+    adata = anndata.read_h5ad(DATA)
+    tuned = tune(
+        adata, SMALL, batch_key="batch", max_epochs=2, n_samples=4, seed=3, test_fraction=0.2, device="cpu",
+        key_added="X_mine", progress=False,
+    )  # fmt: skip
+    assert f"chosen: {tuned.chosen}\n" in out
+    assert all(part in out for part in ("n_latent=2", "log_likelihood", "out.h5ad", "table.csv", "tuning.png"))
+    np.testing.assert_array_equal(anndata.read_h5ad("out.h5ad").obsm["X_mine"], adata.obsm["X_mine"])
+    written = pd.read_csv("table.csv")
+    pd.testing.assert_frame_equal(written.drop(columns="seconds"), tuned.table.drop(columns="seconds"))
+    assert scvae.load("model").program.options == tuned.model.program.options
+    assert Path("tuning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_needs_no_file_of_configurations(run, fake, monkeypatch):
+    monkeypatch.setattr(command_line.formats, "write", lambda adata, path: None)
+    code, out, err = run(DATA, "--output", "out.h5ad", "--budget", 1)
+    assert (code, "n_hidden=256" in out, "chosen: default\n" in out) == (0, True, True)
+    assert "scvae.tune: fit 1 of 1" in err
+    assert run(DATA, "--output", "out.h5ad", "--budget", 1, "--quiet") == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "code", "message"),
+    [
+        (None, ["--model", "m"], 1, "no such file: c.json"),
+        ("{nb: 1}", ["--model", "m"], 1, "c.json is not JSON"),
+        ("{}", ["--model", "m"], 1, "There is no configuration to fit"),
+        ('{"a": {"n_latnt": 3}}', ["--model", "m"], 1, "c.json: Configuration 'a': There is no option 'n_latnt'"),
+        ('{"a": {}}', ["--model", "m", "--budget", "0"], 1, "budget is a number above 0, not 0"),
+        ('{"a": {}}', ["--model", "m", "--batch-key", "plate"], 1, "plate"),
+        ('{"a": {}}', ["--output", "nowhere/out.h5ad"], 1, "nowhere does not exist"),
+        ('{"a": {}}', ["--model", "m", "--table", "table.txt"], 1, "table.txt"),
+        ('{"a": {}}', ["--model", "m", "--figure", "c.json"], 1, "c.json"),
+        ('{"a": {}}', ["--table", "table.csv"], 2, "nothing would be kept"),
+    ],
+)
+def test_bad_input_is_told_before_the_first_fit(run, no_fit, tmp_path, content, options, code, message):
+    if content is not None:
+        (tmp_path / "c.json").write_text(content)
+    found, out, err = run(DATA, "--configurations", "c.json", *options)
+    assert (found, out) == (code, "")
+    assert message in err
+    if code == 1:
+        assert err.startswith("scvae: ")
+        assert err.count("\n") == 1
+
+
+def test_an_interrupted_final_fit_is_said(run, fake, monkeypatch):
+    monkeypatch.setattr(command_line.formats, "write", lambda adata, path: None)
+    fake.interrupt_at = 2
+    code, _, err = run(DATA, "--output", "out.h5ad", "--budget", 1, "-q")
+    assert (code, "training was interrupted at step 1,600 of 3,000" in err) == (130, True)
+
+
+def test_help_teaches(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "  scvae tune cells.h5ad --batch-key batch --budget 300" in out
