@@ -43,6 +43,7 @@ _TEST_CELLS = 1000  # at most, by default: the rest of the time is better spent 
 _FIRST_STEPS = 250  # of the fits of the first round, at most
 _FINALISTS = 2  # beside the default
 _NOISE = 2.0  # standard errors
+_LIKELY = 1.75  # of the fewest steps, within which the data may have ended a fit
 _MARGIN = 1.2  # by which what was measured may be exceeded
 
 
@@ -113,11 +114,12 @@ def tune(
 
     The time of a step and of an evaluation, and the length that the data ask for, are measured in the fits themselves,
     those of the default first. A fit begins only if it, a fit of the last round and the final one can be expected to
-    end within the budget; nor is a configuration chosen that is too slow for that. A short budget therefore leaves out
-    configurations, makes the last round shorter than the default length, or ends the search after an earlier round; the
-    choice is then among shorter fits, which favours what learns fast: the column ``steps`` tells. The default is fitted
-    in the first round, and the model chosen to all cells, however small the budget; five times what a fit takes allows
-    for a comparison, ten times for all of it.
+    end within the budget, and is cut short where it takes longer than that; nor is a configuration chosen whose final
+    fit would. A short budget therefore leaves out configurations, makes the last round shorter than the default length,
+    or ends the search after an earlier round. The choice is then among shorter fits, which favours what learns fast:
+    the column ``steps`` tells; after the first round alone it is the default. The default is fitted in the first round,
+    and the model chosen to all cells, however small the budget; five times what a fit takes allows for a comparison,
+    ten times for all of it.
 
     The same seed gives the same numbers for a fit of the same number of steps, and the same fits wherever time does not
     run short. On a slower or a busier machine the budget, which is in seconds, may end rounds earlier, and so lead to
@@ -321,11 +323,12 @@ class _Search:
             if _starts_slowly(self.arguments[_DEFAULT]):
                 self.fitted(_DEFAULT, 1)  # so that what is compiled is not taken for the time of a step
         self.judge(_DEFAULT, 0)
-        if not self.interrupted and self.affords([_DEFAULT], self.top):
+        fewest, most = self.planned[_DEFAULT]
+        if not self.interrupted and self.limit(_DEFAULT) >= min(most, _LIKELY * fewest):
             self.judge(_DEFAULT, self.top)
         others = [name for name in self.arguments if name != _DEFAULT]
-        decisive = found = self.round(others, 0)
-        rung, is_last = 0, False
+        found, rung, is_last = self.round(others, 0), 0, False
+        decisive = found if self.top == 0 else pd.DataFrame()  # the first steps of a training say too little of its end
         while not (is_last or self.interrupted) and (following := self.following(found, rung)) is not None:
             names, rung, is_last = following
             found = self.round(names, rung)
@@ -362,7 +365,7 @@ class _Search:
         """Return the seconds to be kept, in the first round, for a later one with one configuration at least."""
         if rung > 0 or self.top == 0:
             return 0.0
-        return self.seconds([_DEFAULT, name], self.top if (_DEFAULT, self.top) in self.done else 1)
+        return _MARGIN * self.seconds([_DEFAULT, name], self.top if (_DEFAULT, self.top) in self.done else 1)
 
     def judge(self, name: str, rung: int) -> None:
         """Fit one configuration, unless that is done, and evaluate the cells that were left out."""
@@ -391,13 +394,23 @@ class _Search:
                 if rung == 0:
                     self.shortest = min(seconds, self.shortest)
                 self.measured[name] = max(1, n_steps), seconds
+                if self.lengths[rung] is None and not self.learn_length(name, model):
+                    return
         row = {"configuration": name, "steps": n_steps, "seconds": perf_counter() - start}
         self.done[name, rung] = {**row, "log_likelihood": log_likelihood.mean()}, log_likelihood
         self.bar.update()
-        if name == _DEFAULT and rung == self.top:
-            likely = math.ceil(_MARGIN * n_steps)
+
+    def learn_length(self, name: str, model: Fitted) -> bool:
+        """Learn from a fit of the default length how long others will be; False if the default was cut short."""
+        cut = model.stopped == "finished" and model.course.n_steps < self.planned[name][1]
+        likely = math.ceil(_MARGIN * model.course.n_steps)
+        if not cut:
             for other, (fewest, most) in self.planned.items():
-                self.expected[other] = max(fewest, min(most, likely))
+                if name in (_DEFAULT, other):
+                    self.expected[other] = max(fewest, min(most, likely))
+        elif name != _DEFAULT:
+            self.expected[name] = self.planned[name][1]
+        return not cut or name != _DEFAULT
 
     def fitted(self, name: str, length: int | None) -> Fitted:
         """Return a model of the training cells, after so many steps or the default length of training."""
@@ -405,6 +418,9 @@ class _Search:
         if length is not None:
             steps = min(length, self.planned[name][1])
             options |= {"max_epochs": None, "min_steps": steps, "max_steps": steps}
+        fewest, most = self.planned[name]
+        if length is None and fewest < most:
+            options["max_steps"] = max(fewest, min(most, self.limit(name)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the final fit gives those that matter
             model = fit(self.train.copy(), **options)
@@ -435,9 +451,8 @@ class _Search:
                 final = self.seconds([_DEFAULT, *half[:_FINALISTS]], top)
                 return self.widened(half, found, rung + 1, later=final), rung + 1, False
         for longer in range(top, rung, -1):
-            for n in range(min(_FINALISTS, len(names)), 0, -1):
-                if self.affords([_DEFAULT, *names[:n]], longer):
-                    return self.widened(names[:n], found, longer), longer, True
+            if names and self.affords([_DEFAULT, names[0]], longer):  # the others as far as there is time
+                return self.widened(names[:_FINALISTS], found, longer), longer, True
         return None
 
     def widened(self, kept: list[str], found: pd.DataFrame, rung: int, later: float = 0.0) -> list[str]:
@@ -455,6 +470,12 @@ class _Search:
         final = max(self.takes(name, self.expected[name]) for name in {_DEFAULT, *names})
         fits = 0.0 if rung is None else self.seconds(names, rung)
         return perf_counter() + fits + later + final <= self.ends
+
+    def limit(self, name: str) -> int:
+        """Return after how many steps, from now on, there is just time for the final fit of the default."""
+        fixed, final = self.fixed(), self.takes(_DEFAULT, self.expected[_DEFAULT])
+        pace = max(self.takes(name, 1) - fixed, 1e-9)
+        return int((self.ends - perf_counter() - final - fixed) / pace)
 
     def seconds(self, names: Sequence[str], rung: int) -> float:
         """Return how long fits and their evaluation can be expected to take, but for those that are done."""

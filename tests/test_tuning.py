@@ -38,13 +38,15 @@ class Fake:
     def __init__(self):
         self.now, self.calls = 0.0, []
         self.better, self.slower, self.interrupt_at = {}, {}, None
+        self.longer = {}  # steps of the default length, where they are others
         self.start = {}  # seconds before the first step, of that fit; 2 of others where it is given at all
 
     def fit(self, adata, *, n_latent=20, seed=0, **options):
         kind = options.pop("program")
         given = {name: value for name, value in options.items() if name in Training.names() and value is not None}
         training, _ = split_options(kind, given)
-        n_steps = training.max_steps if training.min_steps == training.max_steps else self.n_steps
+        is_fixed = training.min_steps == training.max_steps
+        n_steps = training.max_steps if is_fixed else min(training.max_steps, self.longer.get(n_latent, self.n_steps))
         self.calls.append((adata.n_obs, n_latent, n_steps))
         seconds = n_steps * self.step * self.slower.get(n_latent, 1)
         seconds += self.start.get(len(self.calls), 2.0) if self.start else 0.0
@@ -59,7 +61,11 @@ class Fake:
         return SimpleNamespace(
             program=SimpleNamespace(library_kind=options.get("library", "latent")),
             course=SimpleNamespace(n_steps=n_steps, n_planned=3000, seconds=seconds),
-            stopped="interrupted" if len(self.calls) == self.interrupt_at else "finished",
+            stopped="interrupted"
+            if len(self.calls) == self.interrupt_at
+            else "finished"
+            if n_steps == training.max_steps
+            else "converged",
             log_likelihood=log_likelihood,
         )
 
@@ -145,6 +151,22 @@ def test_what_a_fit_takes_beside_its_steps_is_told_apart_from_them(adata, fake):
     assert tuned.seconds <= 80
 
 
+@pytest.mark.parametrize("budget", [50, 60, 75, 100, 120])
+def test_a_candidate_that_trains_longer_than_expected_keeps_to_the_budget_too(adata, fake, budget):
+    fake.n_steps, fake.longer, fake.better = 1100, {10: 3000, 30: 3000}, {10: 5, 30: 4}
+    tuned = tune(adata, latents(10, 30), budget=budget, progress=False)
+    assert tuned.seconds <= budget
+    if budget == 120:
+        assert (tuned.chosen, tuned.ranking.loc["n_latent=10", "steps"]) == ("n_latent=10", 3000)
+
+
+def test_the_length_that_the_data_ask_for_is_learnt_where_the_most_steps_are_not_affordable(adata, fake):
+    fake.n_steps = 1100
+    table = tune(adata, latents(10), budget=60, progress=False).table
+    assert by_round(table)[2] == {"default": 1100, "n_latent=10": 1100}
+    assert sum(n_steps > 1000 for *_, n_steps in fake.calls) == 3
+
+
 @pytest.mark.parametrize("budget", [1e-9, 1, 20])
 def test_the_default_is_fitted_however_small_the_budget(adata, fake, budget):
     fake.better = {10: 50}
@@ -154,6 +176,21 @@ def test_the_default_is_fitted_however_small_the_budget(adata, fake, budget):
     untried, default = tuned.table.iloc
     assert (untried["configuration"], untried["round"], untried["steps"]) == ("n_latent=10", 0, 0)
     assert (default["round"], default["difference"], default["difference_se"]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("budget", range(36, 60, 2))
+def test_nothing_else_is_chosen_after_the_first_round_alone(adata, fake, budget):
+    fake.better, fake.slower = {10: 9, 30: 9}, {10: 1.5, 30: 1.2}
+    tuned = tune(adata, latents(10, 30), budget=budget, progress=False)
+    steps = tuned.table.loc[tuned.table["chosen"], "steps"].max()
+    assert tuned.chosen == "default" or steps > 250
+
+
+def test_who_is_second_takes_part_where_the_first_left_time_enough(adata, fake):
+    fake.n_steps, fake.longer, fake.better = 1600, {10: 1000}, {10: 5, 30: 4}
+    fake.slower = {30: 2}
+    tables = [tune(adata, latents(10, 30), budget=budget, progress=False).table for budget in (70, 120)]
+    assert [list(by_round(table)[2]) for table in tables] == [["default", "n_latent=10"], ["default", *latents(10, 30)]]
 
 
 @pytest.mark.parametrize(("better", "noise", "chosen"), [
@@ -184,7 +221,7 @@ def test_a_configuration_of_the_name_takes_the_place_of_the_default(adata, fake)
 
 def test_an_interruption_ends_the_search_with_what_is_complete(adata, fake):
     fake.better = {1: 5, 2: 9}
-    for at, chosen in {1: "default", 2: "default", 4: "n_latent=1", 5: "n_latent=2"}.items():
+    for at, chosen in {1: "default", 2: "default", 4: "default", 5: "default", 6: "n_latent=2"}.items():
         fake.calls, fake.interrupt_at = [], at
         tuned = tune(adata, latents(1, 2), budget=1000, progress=False)
         assert tuned.chosen == chosen
