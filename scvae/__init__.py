@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from scvae.comparing import compare
     from scvae.fitted import Fitted, load
     from scvae.fitting import fit
+    from scvae.tuning import Tuned, tune
 
 __version__ = version("scvae-pyro")
-__all__ = ["Fitted", "compare", "datasets", "fit", "load", "pl", "pp", "tl"]
+__all__ = ["Fitted", "Tuned", "compare", "datasets", "fit", "load", "pl", "pp", "tl", "tune"]
 
-_HOME = {"Fitted": "scvae.fitted", "compare": "scvae.comparing", "fit": "scvae.fitting", "load": "scvae.fitted"}
+_HOME = {
+    "Fitted": "scvae.fitted",
+    "Tuned": "scvae.tuning",
+    "compare": "scvae.comparing",
+    "fit": "scvae.fitting",
+    "load": "scvae.fitted",
+    "tune": "scvae.tuning",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -618,6 +618,115 @@ def compare(
 
 
 @app.command(cls=_Command)
+def tune(
+    input: Input,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the AnnData with its embedding: .h5ad or .zarr.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")] = None,
+    table: Annotated[Path | None, typer.Option(help="Where to write the table of all rounds (.csv).")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Where to draw the differences (.png, .pdf, .svg).")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 60.0,
+    configurations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIGURATIONS.json",
+            help="The options of each candidate, by a name of your choice. [default: small changes of the defaults]",
+            show_default=False,
+        ),
+    ] = None,
+    batch_key: Batch = None,
+    layer: Layer = None,
+    test_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Fraction of the cells to judge by, drawn from all batches. [default: 0.1, and at most 1,000 cells]",
+            show_default=False,
+        ),
+    ] = None,
+    n_samples: Annotated[int, typer.Option(min=1, help="Importance samples for each of these cells.")] = 64,
+    max_epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers, where time does not run short.")] = 0,
+    device: Device = "auto",
+    key_added: Annotated[str, typer.Option(help="Key of the embedding in .obsm.")] = "X_scvae",
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the options that suit the data within a budget of seconds, and fit a model with them to all cells.
+
+    Candidates are ranked by the likelihood of cells that are left out; the better half of them is trained for longer,
+    and so on. Another configuration than the default is chosen only if it is better by two standard errors. A file of
+    candidates holds the options of scvae.fit for each:
+
+      {"nb": {"likelihood": "nb"}, "10 dimensions": {"n_latent": 10}}
+
+    For example:
+
+      scvae tune cells.h5ad --batch-key batch --budget 300 --output out.h5ad --model model
+
+      scvae tune cells.h5ad --configurations configurations.json --output out.h5ad --figure tuning.png
+    """
+    if output is None and model is None:
+        raise typer.BadParameter("nothing would be kept: name --output, --model or both")
+    inputs = [input] if configurations is None else [input, configurations]
+    if model is not None:
+        files.check_output(model, "--model", inputs=inputs, overwrite=overwrite)
+        inputs = [*inputs, model]
+    results = {"--output": (output, _OUTPUT), "--table": (table, (".csv",)), "--figure": (figure, _FIGURE)}
+    for name, (path, suffixes) in results.items():
+        if path is not None:
+            files.check_output(path, name, inputs=inputs, suffixes=suffixes, overwrite=overwrite)
+    from scvae import pl, tuning
+    from scvae.pl.axes import pyplot
+
+    if figure is not None:
+        pyplot()  # better to say that it is missing before the fits
+    given = None if configurations is None else _read_json(configurations)
+    adata = formats.read(input)
+    try:
+        tuned = tuning.tune(
+            adata,
+            given,
+            budget=budget,
+            test_fraction=test_fraction,
+            n_samples=n_samples,
+            seed=seed,
+            progress=not quiet,
+            layer=layer,
+            batch_key=_one_or_all(batch_key),
+            max_epochs=max_epochs,
+            device=device,
+            key_added=key_added,
+        )
+    except TypeError as error:  # an option that is not known
+        if configurations is None or not _is_refusal(error):
+            raise
+        raise ValueError(f"{configurations}: {error}") from error
+    if table is not None:
+        files.write_file(table, lambda path: tuned.table.to_csv(path, index=False))
+    if figure is not None:
+        drawn = pl.tuning(tuned).figure
+        files.write_file(figure, lambda path: drawn.savefig(path, dpi=150, bbox_inches="tight"))
+    _say(tuned.ranking.round(2).to_string(), quiet)
+    _say(f"chosen: {tuned.chosen}", quiet)
+    if model is not None:
+        tuned.model.save(model, overwrite=overwrite)
+        _say(f"model: {model}", quiet)
+    if output is not None:
+        formats.write(adata, output)
+        _say(f'embedding: .obsm["{key_added}"] in {output}', quiet)
+    for name, path in {"table": table, "figure": figure}.items():
+        if path is not None:
+            _say(f"{name}: {path}", quiet)
+    if (where := _interruption(tuned.model)) is not None:
+        typer.echo(f"scvae: training was interrupted {where}; the result is that of unfinished training", err=True)
+        raise typer.Exit(130)
+
+
+@app.command(cls=_Command)
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("scvae_demo"),
     overwrite: Overwrite = False,

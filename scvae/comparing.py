@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields, replace
+from collections.abc import Mapping
 from time import perf_counter
 from typing import Any
 
@@ -15,10 +12,9 @@ import pandas as pd
 from anndata import AnnData
 
 from scvae.boundary.containers import check_anndata
-from scvae.boundary.options import Range, real, seed_of, whole
-from scvae.data.cells import Key, Schema
-from scvae.data.reading import categories_of, column_of, matrix_of, read_schema, rows_of, some, where_of
-from scvae.fitting import fit, program_of, split_options
+from scvae.boundary.options import seed_of, whole
+from scvae.configurations import arguments_of, drawn_split, given_split, naming, needed, schemas_of
+from scvae.fitting import fit
 from scvae.inference.progress import Progress
 
 __all__ = ["compare"]
@@ -122,20 +118,20 @@ def compare(
     """
     check_anndata(adata)
     n_samples, seed = whole("n_samples", n_samples), seed_of(seed)
-    arguments = _arguments(configurations, {"seed": seed, "progress": False, **shared})
-    schemas = _schemas(adata, arguments)
+    arguments = arguments_of(configurations, {"seed": seed, "progress": False, **shared})
+    schemas = schemas_of(adata, arguments)
     keys = list(dict.fromkeys(key for schema in schemas for key in schema.categories))
     if split_key is None:
-        is_test = _drawn_split(adata, keys, test_fraction, seed)
+        is_test = drawn_split(adata, keys, test_fraction, seed)
     else:
-        is_test = _given_split(adata, keys, split_key)
+        is_test = given_split(adata, keys, split_key)
 
-    train, test = (_needed(adata, cells, schemas, arguments) for cells in (~is_test, is_test))
+    train, test = (needed(adata, cells, schemas, arguments) for cells in (~is_test, is_test))
     log_likelihoods, rows = {}, {}
     bar = Progress(arguments.items(), disable=not progress, desc="scvae.compare", unit="fit")
     for name, options in bar:
         bar.set_postfix_str(str(name))
-        with _naming(name):
+        with naming(name):
             start = perf_counter()
             model = fit(train.copy(), **options)
             seconds = perf_counter() - start
@@ -149,116 +145,6 @@ def compare(
                 "library": getattr(model.program, "library_kind", "unstated"),
             }
     return _ranked(pd.DataFrame(log_likelihoods), pd.DataFrame.from_dict(rows, orient="index"))
-
-
-def _arguments(configurations: Any, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Merge each configuration with what all share; the names of the options are known, the program is its class."""
-    if not isinstance(configurations, Mapping):
-        raise TypeError(
-            "configurations maps names to arguments of scvae.fit, as in {'nb': {'likelihood': 'nb'}}; it is not "
-            f"{configurations!r}."
-        )
-    if not configurations:
-        raise ValueError("There is no configuration to fit: give at least one, {'a name': {arguments of scvae.fit}}.")
-    of_fit = inspect.signature(fit).parameters.keys() - {"adata"}
-    arguments = {}
-    for name, configuration in configurations.items():
-        with _naming(name):
-            if not isinstance(configuration, Mapping):
-                raise TypeError(f"It maps arguments of scvae.fit to values; it is not {configuration!r}.")
-            options = {"program": "zinb", **shared, **configuration}
-            options["program"], chosen = program_of(options["program"])
-            options = {**chosen, **options}
-            split_options(options["program"], {k: v for k, v in options.items() if k not in of_fit})
-            arguments[name] = options
-    return arguments
-
-
-def _schemas(adata: AnnData, arguments: dict[str, dict[str, Any]]) -> list[Schema]:
-    """Return how each configuration reads the cells; all of them model the same numbers."""
-    of_schema = inspect.signature(read_schema).parameters.keys() - {"adata", "kind"}
-    schemas = {}
-    for name, options in arguments.items():
-        with _naming(name), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the fit gives them
-            how = {k: v for k, v in options.items() if k in of_schema}
-            schemas[name] = read_schema(adata, kind=options["program"].kind_of(options), **how)
-    (first, data), *others = [(name, _without_covariates(schema)) for name, schema in schemas.items()]
-    for name, other in others:
-        if other != data:
-            what = [field.name for field in fields(Schema) if getattr(other, field.name) != getattr(data, field.name)]
-            raise ValueError(
-                f"Configurations {first!r} and {name!r} model different data ({', '.join(what)}): their likelihoods "
-                "are not comparable. Let all read the same values (layer, use_rep) of the same genes (mask_var)."
-            )
-    return list(schemas.values())
-
-
-def _needed(adata: AnnData, cells: np.ndarray, schemas: list[Schema], arguments: dict[str, dict[str, Any]]) -> AnnData:
-    """Return a copy of some cells with what the models read, and with nothing else."""
-    (schema, *_), masks = schemas, {options.get("mask_var", "auto") for options in arguments.values()}
-    obs = adata.obs.loc[cells, list(dict.fromkeys(column for each in schemas for column in each.columns))].copy()
-    var = adata.var[[column for column in adata.var if column in masks or column == "highly_variable"]].copy()
-    needed = AnnData(obs=obs, var=var)
-    key = schema.use_rep or schema.image_key
-    if key is not None:
-        needed.obsm[key] = adata.obsm[key][cells].copy()
-        return needed
-    matrix, _ = matrix_of(adata, schema.layer)
-    rows = rows_of(matrix, cells)
-    if schema.layer is None:
-        needed.X = rows
-    else:
-        needed.layers[schema.layer] = rows
-    return needed
-
-
-def _without_covariates(schema: Schema) -> Schema:
-    """Return what is modelled: the rest of a schema is what the model is told."""
-    return replace(schema, batch_key=None, size_factor_key=None, categories={}, continuous={}, check_counts=True)
-
-
-def _drawn_split(adata: AnnData, keys: list[Key], test_fraction: float, seed: int) -> np.ndarray:
-    """Draw the test cells, ``[n_cells]`` of booleans, stratified by all keys together."""
-    test_fraction = real("test_fraction", test_fraction, Range(0, 1, open_least=True, open_most=True))
-    order = np.random.default_rng(seed).permutation(adata.n_obs)
-    columns = pd.DataFrame({str(key): categories_of(adata, key)[order] for key in keys}, index=range(len(order)))
-    is_only = np.zeros(adata.n_obs, dtype=bool)  # the cell by which a category stays in the training
-    for key in columns:
-        is_only |= ~columns[key].duplicated().to_numpy()
-    strata = columns.groupby(list(columns)).ngroup().to_numpy() if keys else np.zeros(adata.n_obs)
-    by_stratum = np.argsort(strata, kind="stable")
-    free = order[by_stratum][~is_only[by_stratum]]
-    n_test = round(test_fraction * adata.n_obs)
-    if not 2 <= n_test <= min(len(free), adata.n_obs - 2):
-        raise ValueError(
-            f"test_fraction={test_fraction} would take {n_test} of {adata.n_obs} cells: at least two are needed on "
-            "either side, and one of each category in the training."
-        )
-    is_test = np.zeros(adata.n_obs, dtype=bool)
-    is_test[free[np.arange(n_test) * len(free) // n_test]] = True  # evenly spread, so each stratum gives its share
-    return is_test
-
-
-def _given_split(adata: AnnData, keys: list[Key], split_key: str) -> np.ndarray:
-    """Read the test cells off a column, ``[n_cells]`` of booleans."""
-    column = column_of(adata, split_key).astype(str)
-    if wrong := sorted(set(column) - {"train", "test"}):
-        raise ValueError(f"adata.obs[{split_key!r}] says 'train' or 'test' of each cell, not {some(wrong)}.")
-    is_test = (column == "test").to_numpy()
-    if min(is_test.sum(), (~is_test).sum()) < 2:
-        raise ValueError(
-            f"adata.obs[{split_key!r}] has {is_test.sum()} test cells and {(~is_test).sum()} training cells: at least "
-            "two of each are needed."
-        )
-    for key in keys:
-        names = categories_of(adata, key)
-        if unseen := sorted(set(names[is_test]) - set(names[~is_test])):
-            raise ValueError(
-                f"{where_of(key)} is {some(unseen)} in test cells but in no training cell: a model knows only the "
-                f"categories that it was fitted to. Move some of those cells to 'train' in adata.obs[{split_key!r}]."
-            )
-    return is_test
 
 
 def _ranked(log_likelihoods: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
@@ -284,14 +170,3 @@ def _ranked(log_likelihoods: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
         )
     parts.sort(key=lambda part: part["log_likelihood"].iloc[0], reverse=True)
     return pd.concat(parts).rename_axis("configuration")
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the name of a configuration in front of the message of whatever is raised within the block."""
-    try:
-        yield
-    except Exception as error:
-        message, *rest = error.args or ("",)
-        error.args = (f"Configuration {name!r}: {message}", *rest)
-        raise

@@ -310,6 +310,7 @@ def commands(model="model"):
     yield ("denoise", "a.h5ad", "--model", model)
     yield ("generate", "--model", model, "--n", 3)
     yield ("cluster", "a.h5ad", "--n-clusters", 2)
+    yield ("tune", "a.h5ad")
 
 
 @pytest.mark.parametrize("name", ["a.h5ad", "sub/../a.h5ad", "soft.h5ad", "hard.h5ad"])
@@ -438,9 +439,9 @@ def test_no_wrong_argument_is_a_traceback(run, options):
 
 
 def test_a_type_error_of_a_check_is_one_line_and_that_of_a_defect_keeps_its_traceback(run, monkeypatch):
-    import scvae.comparing
+    import scvae.configurations
 
-    monkeypatch.setattr(scvae, "fit", lambda *_, **__: scvae.comparing._arguments(3, {}))
+    monkeypatch.setattr(scvae, "fit", lambda *_, **__: scvae.configurations.arguments_of(3, {}))
     code, _, err = run("fit", DATA, "--model", "m")
     assert (code, err.count("\n")) == (1, 1)
     assert "configurations maps names to arguments" in err

@@ -1,5 +1,6 @@
 """A comparison is of the same cells, says how sure it is, and refuses what cannot be compared."""
 
+import inspect
 import json
 import sys
 import warnings
@@ -49,7 +50,7 @@ def splits(monkeypatch):
         model.log_likelihood = of_test
         return model
 
-    watched.__signature__ = comparing.inspect.signature(fit)
+    watched.__signature__ = inspect.signature(fit)
     monkeypatch.setattr(comparing, "fit", watched)
     return seen
 
@@ -190,7 +191,7 @@ def no_fit(monkeypatch):
     def fit(*_, **__):
         pytest.fail("it trained before it refused")
 
-    fit.__signature__ = comparing.inspect.signature(scvae.fit)
+    fit.__signature__ = inspect.signature(scvae.fit)
     monkeypatch.setattr(comparing, "fit", fit)
 
 

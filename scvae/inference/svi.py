@@ -110,6 +110,10 @@ class Training(Options):
         fallen = 0.0 if fall is None or taken < fall else (taken + 1 - fall) / (until - fall)
         return self.kl_weight * rise * (self.kl_level + (1 - self.kl_level) * fallen)
 
+    def n_held_out(self, n_cells: int) -> int:
+        """Return how many of so many cells are held out while the rate is level."""
+        return min(round(self.validation_fraction * n_cells), self.max_validation_cells, n_cells - 2)
+
     def n_steps(self, per_epoch: int) -> tuple[int, int]:
         """Return the fewest and the most steps, when a pass has `per_epoch` of them."""
         if self.max_epochs is not None:
@@ -277,7 +281,7 @@ def _has_stopped(bounds: Sequence[float], n: int) -> bool:
 
 def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(cells)).to(cells.device)
-    n = min(round(training.validation_fraction * len(cells)), training.max_validation_cells, len(cells) - 2)
+    n = training.n_held_out(len(cells))
     return order[:n], order[n:]
 
 

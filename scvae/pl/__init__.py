@@ -4,8 +4,9 @@ from scvae.pl.comparison import compare
 from scvae.pl.grid import images
 from scvae.pl.latents import poses, reconstructions, traversal
 from scvae.pl.training import history
+from scvae.pl.tuning import tuning
 
-__all__ = ["compare", "history", "images", "poses", "reconstructions", "traversal"]
+__all__ = ["compare", "history", "images", "poses", "reconstructions", "traversal", "tuning"]
 
 
 def __dir__() -> list[str]:
