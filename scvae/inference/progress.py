@@ -57,16 +57,28 @@ class Progress:
         disable: bool = False,
     ) -> None:
         self.iterable, self.desc, self.unit = iterable, desc, unit
-        self.total = len(iterable) if total is None and iterable is not None else total  # type: ignore[arg-type]
+        self._total = len(iterable) if total is None and iterable is not None else total  # type: ignore[arg-type]
         self.n = 0
         self.disable = disable or _is_quiet.get() or sys.stderr is None
         self._bar = None
         if not self.disable and _shows_bars():
-            self._bar = tqdm(total=self.total, desc=desc, unit=unit, dynamic_ncols=True)
+            self._bar = tqdm(total=self._total, desc=desc, unit=unit, dynamic_ncols=True)
         self._postfix = ""
         self._started = self._told_at = time.monotonic()
         self._told_n = 0
         self._is_open = True
+
+    @property
+    def total(self) -> int | None:
+        """How many units of work there are; may be set anew as more is known."""
+        return self._total
+
+    @total.setter
+    def total(self, total: int) -> None:
+        if total != self._total and self._bar is not None:
+            self._bar.total = total
+            self._bar.refresh()
+        self._total = total
 
     def __enter__(self) -> Self:
         return self

@@ -205,7 +205,7 @@ class _Recording(TorchDispatchMode):
         for k, o in enumerate(self.operations):
             given = [*map(source, o.args), *(f"{name}={source(value)}" for name, value in o.kwargs.items())]
             names = [f"t{made.n}" if made in last_use else "_" for made in o.results]
-            target = "" if set(names) == {"_"} else f"{', '.join(names)}{',' * o.is_list} = "
+            target = "" if set(names) <= {"_"} else f"{', '.join(names)}{',' * o.is_list} = "
             lines.append(f"    {target}{source(o.function)}({', '.join(given)})")
             lines += [f"    del {', '.join(done[k])}"] if k in done else []
         namespace = {f"c{k}": constant for k, constant in enumerate(constants)}

@@ -86,9 +86,8 @@ class Step:
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         with torch.no_grad():
             self.count += 1
-            if self.shrunk:
-                for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
-                    weights.mul_(kept)
+            for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
+                weights.mul_(kept)
             self.adam.step(gradients, self.rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations

@@ -79,6 +79,17 @@ def test_a_terminal_has_a_bar(monkeypatch):
     assert "\r" in shown
 
 
+def test_the_length_of_the_work_may_become_known_on_the_way(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(total=10) as bar:
+        bar.update(5)
+        bar.total = 40
+        assert bar.total == 40
+        bar.update(5)
+    assert "10/40" in terminal.getvalue()
+
+
 def test_a_notebook_has_a_bar(monkeypatch):
     made = []
     shell = SimpleNamespace(config={"IPKernelApp": {}})
