@@ -154,6 +154,7 @@ def picture(table: pd.DataFrame, path: Path) -> None:
 
     measure = table["total_knn"].fillna(table["clusters"]).dropna().unstack()
     measure = measure.reindex([name for name in LABELS if name in measure.index])
+    measure = measure[sorted(measure.columns, key=lambda method: not method.startswith("scvae"))]
     fig, ax = plt.subplots(figsize=(9, 0.6 * len(measure) + 1.8), layout="constrained")
     ranks = measure.sub(measure.max(axis=1), axis=0)
     ax.imshow(ranks, cmap="viridis", vmin=-0.15, vmax=0, aspect="auto")
