@@ -342,7 +342,7 @@ def test_what_is_written_survives_a_file(adata, fit, tmp_path, options):
     for place in (read.uns["scvae"], adata.uns["scvae"]):
         assert place["version"] == scvae.__version__
         assert place["program"] == "zinb"
-        assert place["stopped"] == model.stopped
+        assert place["stopped"] == "finished"
         assert place["options"]["n_latent"] == 3
         assert place["options"].items() <= model.program.options.items()
         assert place["schema"]["batches"].tolist() == list(model.program.schema.batches)
