@@ -276,12 +276,12 @@ def test_a_divergence_without_closed_form_is_drawn(library, site, monkeypatch):
 
 @pytest.mark.parametrize(("library", "site"), LATENTS)
 def test_an_elbo_that_lacks_a_divergence_exceeds_the_evidence(library, site, monkeypatch):
+    program, (batch, exact) = small_program(library, "fitted"), cells_and_evidence(library)
     right = evidence.kl_divergence
     monkeypatch.setattr(
         evidence, "kl_divergence", lambda q, p: right(q, p) * (isinstance(q, LogNormal) != (site == "l"))
     )
-    batch, exact = cells_and_evidence(library)
-    mean, error = mean_and_error(repeated(evidence.elbo, small_program(library, "fitted"), batch, 1000))
+    mean, error = mean_and_error(repeated(evidence.elbo, program, batch, 1000))
     assert (mean - exact).mean() > 10 * np.sqrt((error**2).mean() / len(error))
 
 
