@@ -15,10 +15,13 @@ import anndata
 import h5py
 import numpy as np
 import pytest
+import typer.core
 
 import scvae
 import scvae.__main__ as command_line
 import scvae.programs
+from scvae.boundary import formats
+from scvae.commands.results import end_if_interrupted
 
 DATA = Path(__file__).parents[1] / "data" / "simulated_small.h5ad"
 
@@ -299,7 +302,7 @@ def cells(tmp_path):
 @pytest.fixture
 def no_work(monkeypatch, no_fit):
     """To read a file or a model is a failure."""
-    for module, name in ((command_line.formats, "read"), (scvae, "load")):
+    for module, name in ((formats, "read"), (scvae, "load")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("it worked before it refused"), raising=False)
 
 
@@ -666,11 +669,15 @@ def test_ctrl_c_in_the_training_writes_what_was_fitted(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.h5ad"]
 
 
-def test_where_the_training_was_interrupted_is_said():
+def test_where_the_training_was_interrupted_is_said(capsys):
     course = SimpleNamespace(n_steps=589, n_planned=3400)
-    assert command_line._interruption(SimpleNamespace(stopped="interrupted", course=course)) == "at step 589 of 3,400"
     for stopped in ("finished", "converged"):
-        assert command_line._interruption(SimpleNamespace(stopped=stopped, course=course)) is None
+        end_if_interrupted(SimpleNamespace(stopped=stopped, course=course))
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(typer.Exit) as exit:
+        end_if_interrupted(SimpleNamespace(stopped="interrupted", course=course))
+    assert exit.value.exit_code == 130
+    assert capsys.readouterr().err.startswith("scvae: training was interrupted at step 589 of 3,400; ")
 
 
 @pytest.mark.parametrize("where", ["fit", "read", "write"])
@@ -685,7 +692,7 @@ def test_ctrl_c_elsewhere_is_one_line_and_leaves_nothing(run, cells, monkeypatch
     if where == "write":
         monkeypatch.setattr(anndata.AnnData, "write_h5ad", half)
     else:
-        monkeypatch.setattr(*{"fit": (scvae, "fit"), "read": (command_line.formats, "read")}[where], interrupt)
+        monkeypatch.setattr(*{"fit": (scvae, "fit"), "read": (formats, "read")}[where], interrupt)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run("fit", "a.h5ad", "--output", "out.h5ad", "--max-epochs", 1, "--quiet")
     assert (code, out, err) == (130, "", "scvae: interrupted; nothing is half-written\n")
@@ -759,5 +766,5 @@ def test_ctrl_c_while_arguments_are_read_is_one_line_too(run, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line.TyperGroup, "make_context", interrupt)
+    monkeypatch.setattr(typer.core.TyperGroup, "make_context", interrupt)
     assert run("fit", DATA, "--model", "m") == (130, "", "scvae: interrupted; nothing is half-written\n")

@@ -15,6 +15,7 @@ import pytest
 import scvae
 import scvae.__main__ as command_line
 from scvae import pl, tuning
+from scvae.boundary import formats
 from scvae.configurations import arguments_of
 from scvae.fitting import split_options
 from scvae.inference.svi import Training
@@ -468,7 +469,7 @@ def test_the_command_writes_what_the_function_gives(run, tmp_path):
 
 
 def test_the_command_needs_no_file_of_configurations(run, fake, monkeypatch):
-    monkeypatch.setattr(command_line.formats, "write", lambda adata, path: None)
+    monkeypatch.setattr(formats, "write", lambda adata, path: None)
     code, out, err = run(DATA, "--output", "out.h5ad", "--budget", 1)
     assert (code, "n_hidden=256" in out, "chosen: default\n" in out) == (0, True, True)
     assert "scvae.tune: fit 1 of 1" in err
@@ -502,7 +503,7 @@ def test_bad_input_is_told_before_the_first_fit(run, no_fit, tmp_path, content, 
 
 
 def test_an_interrupted_final_fit_is_said(run, fake, monkeypatch):
-    monkeypatch.setattr(command_line.formats, "write", lambda adata, path: None)
+    monkeypatch.setattr(formats, "write", lambda adata, path: None)
     fake.interrupt_at = 2
     code, _, err = run(DATA, "--output", "out.h5ad", "--budget", 1, "-q")
     assert (code, "training was interrupted at step 1,600 of 3,000" in err) == (130, True)

@@ -1,0 +1,95 @@
+"""The program ``scvae``: which commands it has, in the order of its help, and what is common to all of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import scvae
+from scvae.commands import choosing, clusters, demo, models
+from scvae.commands.endings import Ended
+from scvae.inference import progress
+
+__all__ = ["app"]
+
+_COMMANDS = (
+    models.fit,
+    models.embed,
+    models.denoise,
+    models.generate,
+    clusters.cluster,
+    choosing.compare,
+    choosing.tune,
+    demo.demo,
+)
+
+
+class _Group(TyperGroup):
+    """The commands; Ctrl-C ends them with a word, where typer would say "Aborted!", or nothing."""
+
+    def make_context(self, *arguments: Any, **how: Any) -> Any:
+        try:
+            return super().make_context(*arguments, **how)
+        except KeyboardInterrupt:
+            raise Ended("interrupted", 130) from None
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Ended("interrupted", 130) from None
+
+
+class _Command(TyperCommand):
+    """A command that can be kept quiet, and of which no option is dropped silently."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        order: list[Any] = self.make_parser(ctx).parse_args(args=list(args))[2]
+        for option, times in Counter(order).items():
+            if times > 1 and option.param_type_name == "option" and not (option.multiple or option.is_flag):
+                ctx.fail(f"{option.opts[0]} is given {times} times, but takes one value.")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with progress.quiet(bool(ctx.params.get("quiet"))):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="scvae",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"scvae {scvae.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _scvae(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Variational autoencoders for single-cell counts.
+
+    From raw counts in an .h5ad file to a batch-corrected embedding that scanpy reads:
+
+      scvae fit cells.h5ad --batch-key batch --output out.h5ad --model model
+
+      scvae embed new.h5ad --model model --output new_out.h5ad
+    """
+
+
+for _command in _COMMANDS:
+    app.command(cls=_Command)(_command)
