@@ -81,14 +81,14 @@ class Step:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
         loss = self.kl_weight * divergence - reconstruction
-        for weights in self.deviations:  # minus the log density of their prior, per cell
-            loss = loss + weights.square().sum() / (2 * self.deviation_scale**2 * len(self.cells))
-        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        slopes = dict(zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True))
         with torch.no_grad():
+            for weights in self.deviations:  # with the slope of minus the log density of their prior, per cell
+                slopes[weights] = slopes[weights].add(weights, alpha=self.deviation_scale**-2 / len(self.cells))
             self.count += 1
             for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
                 weights.mul_(kept)
-            self.adam.step(gradients, self.rate, self.count.squeeze().float())
+            self.adam.step(list(slopes.values()), self.rate, self.count.squeeze().float())
             self.sums += torch.stack([reconstruction, divergence])
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)

@@ -1,6 +1,7 @@
 """The loops of :mod:`scvae.kernels.loops` as operations of torch, which can be recorded like others; CPU.
 
-And batch normalisation in one thread, which is faster for minibatches, and the same whatever torch is set to.
+And batch normalisation and narrow products in one thread, which is faster for minibatches, and gives the same numbers
+whatever torch is set to.
 
 They compute no gradients: that is left to the functions which call them. The kernels are loaded when one is first
 needed, for numba takes its time.
@@ -22,6 +23,7 @@ __all__ = [
     "by_column",
     "log_prob",
     "loops_are_compiled",
+    "narrow_product",
     "take_rows",
 ]
 
@@ -34,6 +36,7 @@ torch.library.define(
     "(Tensor log_mean, Tensor? log_total, Tensor? theta, Tensor? gate, Tensor values, Tensor cell, Tensor gene, "
     "Tensor sum_of_log_factorials, bool with_gradient) -> Tensor[]",
 )
+torch.library.define("scvae::narrow_product", "(Tensor a, Tensor b) -> Tensor")
 torch.library.define(
     "scvae::batch_norm",
     "(Tensor x, Tensor weight, Tensor bias, Tensor(a!) mean, Tensor(b!) variance, bool training, float eps) "
@@ -83,6 +86,13 @@ def _batch_norm_backward(
     given = (grad, x, weight, mean, variance, saved_mean, saved_scale, training, eps, [True, True, True])
     with _in_one_thread():
         return list(torch.ops.aten.native_batch_norm_backward.default(*given))
+
+
+@torch.library.impl("scvae::narrow_product", "cpu")
+def _narrow_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``, of matrices of which one is so narrow that the library may cut the sums, and not the result."""
+    with _in_one_thread():
+        return a @ b
 
 
 @torch.library.impl("scvae::take_rows", "cpu")
@@ -154,6 +164,7 @@ def _log_prob(
 
 
 batch_norm = torch.ops.scvae.batch_norm.default
+narrow_product = torch.ops.scvae.narrow_product.default
 batch_norm_backward = torch.ops.scvae.batch_norm_backward.default
 take_rows = torch.ops.scvae.take_rows.default
 by_column = torch.ops.scvae.by_column.default

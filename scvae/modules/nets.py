@@ -13,7 +13,7 @@ from torch.nn.functional import embedding_bag, linear, silu
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
 
-__all__ = ["Layers", "LinearWithCovariates", "SparseLinear"]
+__all__ = ["Layers", "Linear", "LinearWithCovariates", "SparseLinear"]
 
 
 class SparseLinear(nn.Module):
@@ -58,13 +58,17 @@ def _weighted_sums(rows: Tensor, index: Tensor, offsets: Tensor, weights: Tensor
 class _Product(torch.autograd.Function):
     """``x @ weight.T``, with sums in the same order however many threads compute them; CPU."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
         return _in_order(x, weight.t())
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:
         x, weight = ctx.saved_tensors
         return _in_order(grad, weight) if ctx.needs_input_grad[0] else None, _in_order(grad.t(), x)
@@ -72,13 +76,15 @@ class _Product(torch.autograd.Function):
 
 def product_of(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T``; on a CPU the same numbers in any number of threads."""
-    if x.is_cuda or x.dim() != 2 or max(*x.shape, len(weight)) <= _SHORT:
+    if x.is_cuda or x.dim() != 2:
         return linear(x, weight)
     return _Product.apply(x, weight)
 
 
 def _in_order(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``: a long sum in parts, for the library would cut it into one part a thread."""
+    """Return ``a @ b`` without sums that the library would cut into one part a thread: long ones are cut before."""
+    if min(len(a), b.shape[1]) < _NARROW:
+        return operations.narrow_product(a, b)
     length = a.shape[1]
     if length <= _SHORT:
         return a @ b
@@ -89,6 +95,7 @@ def _in_order(a: Tensor, b: Tensor) -> Tensor:
     return out.addmm_(a[:, whole:], b[whole:]) if whole < length else out
 
 
+_NARROW = 32  # rows or columns of a result; with fewer, threads share the sums
 _SHORT = 512  # terms of a sum that no thread shares
 _PARTS = 8
 
@@ -124,6 +131,29 @@ class _Normalised(torch.autograd.Function):
         return *operations.batch_norm_backward(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None
 
 
+class Linear(nn.Linear):
+    """A linear layer, ``[n, n_in]`` to ``[n, n_out]``, the same numbers in any number of threads."""
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        return product_of(x, self.weight).add_(self.bias)  # half the time of a product that starts there
+
+
+class _Added(torch.autograd.Function):
+    """``out += x @ weight``, whose gradient in the weight is the same in any number of threads; CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.mark_dirty(out)
+        return out.addmm_(x, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (x,) = ctx.saved_tensors
+        return grad, None, _in_order(x.t(), grad)
+
+
 class LinearWithCovariates(nn.Module):
     """A linear layer plus one of the covariates; ``[n, n_in]`` and ``[n, n_covariates]`` to ``[n, n_out]``.
 
@@ -133,18 +163,18 @@ class LinearWithCovariates(nn.Module):
 
     def __init__(self, n_in: int, n_covariates: int, n_out: int, sparse_input: bool = False) -> None:
         super().__init__()
-        self.main = (SparseLinear if sparse_input else nn.Linear)(n_in, n_out)
+        self.main = (SparseLinear if sparse_input else Linear)(n_in, n_out)
         bound = 1 / math.sqrt(max(1, n_covariates))
         weight = torch.empty(n_covariates, n_out).uniform_(-bound, bound)
         self.covariates = nn.Parameter(weight) if n_covariates else None
 
     def forward(self, x: Tensor | SparseCounts, covariates: Tensor | None) -> Tensor:  # noqa: D102
-        out: Any
-        if isinstance(x, Tensor) and isinstance(self.main, nn.Linear):
-            out = product_of(x, self.main.weight).add_(self.main.bias)  # half the time of a product that starts there
-        else:
-            out = self.main(x)
-        return out if self.covariates is None else out.addmm_(covariates, self.covariates)
+        out = self.main(x)
+        if self.covariates is None:
+            return out
+        if out.is_cuda:
+            return out.addmm_(covariates, self.covariates)
+        return _Added.apply(out, covariates, self.covariates)
 
     @torch.no_grad()
     def start(self) -> None:

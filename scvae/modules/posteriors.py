@@ -26,6 +26,7 @@ from torch.distributions import AffineTransform, Independent, register_kl
 from torch.nn.functional import softplus
 
 from scvae.boundary.options import one_of, whole
+from scvae.modules.nets import Linear
 
 __all__ = ["IAF", "POSTERIORS", "DiagonalNormal", "FullNormal", "LowRankNormal", "posterior_of"]
 
@@ -48,8 +49,8 @@ class DiagonalNormal(nn.Module):
 
     def __init__(self, n_in: int, n_latent: int) -> None:
         super().__init__()
-        self.loc = nn.Linear(n_in, n_latent)
-        self.scale = nn.Linear(n_in, n_latent)
+        self.loc = Linear(n_in, n_latent)
+        self.scale = Linear(n_in, n_latent)
 
     def moments(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, each ``[n, n_latent]``."""
@@ -70,11 +71,11 @@ class FullNormal(nn.Module):
 
     def __init__(self, n_in: int, n_latent: int) -> None:
         super().__init__()
-        self.loc = nn.Linear(n_in, n_latent)
-        self.scale = nn.Linear(n_in, n_latent)
+        self.loc = Linear(n_in, n_latent)
+        self.scale = Linear(n_in, n_latent)
         below = torch.tril_indices(n_latent, n_latent, -1)
         self.register_buffer("below", below, persistent=False)
-        self.off_diagonal = _small(nn.Linear(n_in, below.shape[1])) if n_latent > 1 else None
+        self.off_diagonal = _small(Linear(n_in, below.shape[1])) if n_latent > 1 else None
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor]:
         scale = softplus(self.scale(h)) + _MIN_SCALE
@@ -107,9 +108,9 @@ class LowRankNormal(nn.Module):
     def __init__(self, n_in: int, n_latent: int, rank: int = 2) -> None:
         super().__init__()
         self.rank = rank
-        self.loc = nn.Linear(n_in, n_latent)
-        self.scale = nn.Linear(n_in, n_latent)
-        self.factor = _small(nn.Linear(n_in, n_latent * rank))
+        self.loc = Linear(n_in, n_latent)
+        self.scale = Linear(n_in, n_latent)
+        self.factor = _small(Linear(n_in, n_latent * rank))
 
     def _parameters_of(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = softplus(self.scale(h)) + _MIN_SCALE
@@ -170,7 +171,7 @@ class IAF(nn.Module):
         if flow_width < n_latent:
             raise ValueError(f"flow_width is at least n_latent, {n_latent}, not {flow_width}.")
         self.base = DiagonalNormal(n_in, n_latent)
-        self.context = nn.Linear(n_in, flow_width)
+        self.context = Linear(n_in, flow_width)
         order = torch.arange(n_latent)
         self.flows = nn.ModuleList()
         for step in range(flow_depth):

@@ -41,12 +41,12 @@ from typing import Any
 import pyro
 import torch
 from pyro.distributions import Delta, LogNormal
-from torch import Tensor, nn
+from torch import Tensor
 
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.codebook import Codebook
 from scvae.modules.decoders import CountDecoder, RealDecoder
-from scvae.modules.nets import Layers
+from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CodebookOptions, CountOptions, NoiseOptions
 from scvae.programs.program import Program
 
@@ -100,7 +100,7 @@ class VQ(Program):
         is_sparse = self.kind == "counts"
         self.commitment = o.commitment
         self.encoder = Layers(n_genes, n_covariates, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=is_sparse)
-        self.z_e = nn.Linear(self.encoder.n_out, o.n_latent)
+        self.z_e = Linear(self.encoder.n_out, o.n_latent)
         self.codebook = Codebook(o.n_codes, o.n_latent, o.n_codebooks, restart=o.restart)
         self.decoder = decoder
 

@@ -37,7 +37,7 @@ from torch.nn.functional import softplus
 from scvae.boundary.options import Whole
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.decoders import CountDecoder
-from scvae.modules.nets import Layers
+from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CountOptions, LatentOptions
 from scvae.programs.program import Program
 
@@ -95,7 +95,7 @@ class ZINB(Program):
         n_encoded = n_covariates if o.encode_covariates else 0
         self.encoder = Layers(n_genes, n_encoded, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=True)
         self.q_z = o.make_posterior(self.encoder.n_out)
-        self.of_l = nn.Linear(self.encoder.n_out, 2)  # delta, and what tau is made of
+        self.of_l = Linear(self.encoder.n_out, 2)  # delta, and what tau is made of
         self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion)
         self.p_z = o.make_prior(n_genes, n_covariates)
 

@@ -9,7 +9,7 @@ import torch
 import scvae
 from scvae.inference import pace, svi
 from scvae.inference.pace import Fixed, Pace, cores
-from scvae.modules.nets import BatchNorm, product_of
+from scvae.modules.nets import BatchNorm, Linear, LinearWithCovariates, product_of
 
 
 class Machine:
@@ -207,6 +207,32 @@ def test_products_in_order_are_products(n, n_in, n_out):
     ours, theirs = product_of(x, weight), x @ weight.T
     assert torch.allclose(ours, theirs)
     for a, b in zip(*(torch.autograd.grad((out * slope).sum(), (x, weight)) for out in (ours, theirs)), strict=True):
+        assert torch.allclose(a, b)
+
+
+@pytest.mark.parametrize("n", [3, 7, 10, 11, 31])
+def test_narrow_layers_are_the_same_in_any_number_of_threads(n):
+    torch.manual_seed(0)
+    to, by = Linear(128, n), LinearWithCovariates(n, n, 128)
+    x, covariates = torch.randn(127, 128, requires_grad=True), torch.randn(127, n)
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        out = by(to(x), covariates)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *to.parameters(), *by.parameters()])])
+    assert all(map(torch.equal, *found))
+
+
+def test_covariates_add_to_a_layer():
+    torch.manual_seed(0)
+    layer = LinearWithCovariates(5, 3, 40).double()
+    x, covariates = torch.randn(9, 5).double(), torch.randn(9, 3).double()
+    expected = x @ layer.main.weight.T + layer.main.bias + covariates @ layer.covariates
+    assert torch.allclose(layer(x, covariates), expected)
+    slopes = [
+        torch.autograd.grad(out.square().sum(), list(layer.parameters())) for out in (layer(x, covariates), expected)
+    ]
+    for a, b in zip(*slopes, strict=True):
         assert torch.allclose(a, b)
 
 
