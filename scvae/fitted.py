@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
 from scvae.inference import evidence
+from scvae.inference.pace import pace_of
 from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
 
@@ -524,9 +526,10 @@ class Fitted:
         """Ask something of all cells, so many at a time, in order."""
         seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
         result = np.empty(0)
-        with alone(seed, self.device):
+        sizes = {min(batch_size, len(cells))}
+        with alone(seed, self.device), pace_of(self.program, cells, sizes) as pace:
             for rows, batch in cells.minibatches(batch_size):
-                part = answer(batch).cpu().numpy()
+                part = pace(partial(answer, batch)).cpu().numpy()
                 if not len(result):
                     result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
                 result[rows.cpu().numpy()] = part

@@ -1,4 +1,4 @@
-"""How many threads the steps of a training take; CPU.
+"""How many threads the steps of a training take, and questions that are asked of many cells; CPU.
 
 The threads of torch wait actively for one another. Where other programs want the cores, an operation lasts until each
 of its threads has had its turn, and a step takes a hundred times as long as in a single thread. Whether that is so can
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter, thread_time
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from scvae.inference.evidence import elbo_terms
 from scvae.programs.program import Program
 
 __all__ = ["Pace", "cores", "pace_of"]
+
+_T = TypeVar("_T")
 
 _FIRST = 10  # steps before the first measurement, in which all is compiled and recorded
 _EACH = 5  # steps that a measurement takes with each number of threads
@@ -67,12 +70,13 @@ class Pace:
         """Whether more threads than one are possible at all."""
         return self.most > 1 and self.is_same()
 
-    def __call__(self, step: Callable[[], object]) -> None:
-        """Take a step, and time it."""
+    def __call__(self, step: Callable[[], _T]) -> _T:
+        """Take a step, time it, and return what it returns."""
         torch.set_num_threads(self.n)
         start, worked = self.clock(), self.work()
-        step()
+        result = step()
         self._note(self.clock() - start, self.work() - worked)
+        return result
 
     def _note(self, seconds: float, worked: float) -> None:
         if self.n == 1:
@@ -113,9 +117,9 @@ class Pace:
 class Fixed:
     """Takes steps in the threads that torch has."""
 
-    def __call__(self, step: Callable[[], object]) -> None:
-        """Take a step."""
-        step()
+    def __call__(self, step: Callable[[], _T]) -> _T:
+        """Take a step, and return what it returns."""
+        return step()
 
     @contextmanager
     def steady(self) -> Iterator[None]:
@@ -125,7 +129,7 @@ class Fixed:
 
 @contextmanager
 def pace_of(program: Program, cells: Cells, sizes: set[int]) -> Iterator[Pace | Fixed]:
-    """Yield what takes the steps of a training with minibatches of some sizes; torch has its threads back afterwards.
+    """Yield what takes steps with minibatches of some sizes; torch has its threads back afterwards.
 
     Convolutions, and other operations on images, are another number in another number of threads, and take long in one:
     programs of images keep those that torch has.
@@ -154,7 +158,7 @@ def _is_same(program: Program, cells: Cells, most: int, n: int) -> bool:
     for threads in (1, most):
         torch.set_num_threads(threads)
         program.train()
-        with seeded(0, cells.device):
+        with seeded(0, cells.device), torch.enable_grad():
             with torch.no_grad():
                 for parameter, change in zip(program.parameters(), noise, strict=True):
                     parameter.add_(change)

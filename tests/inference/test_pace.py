@@ -157,18 +157,34 @@ def test_a_fit_is_the_same_in_one_thread_in_two_and_in_now_one_now_two(options, 
         assert np.array_equal(cells.obsm["X_scvae"], cells_of_one.obsm["X_scvae"])
 
 
+def test_questions_of_many_cells_follow_what_is_measured_too_and_are_the_same(adata, fit, monkeypatch):
+    model = fit(adata, batch_key="batch")
+    torch.set_num_threads(1)
+    expected = model.embed(adata, batch_size=5)
+    seen = []
+    monkeypatch.setattr(pace, "cores", lambda: 2)
+    monkeypatch.setattr(
+        Pace, "_note", lambda self, *_: seen.append(self.n) or setattr(self, "n", 3 - self.n if self.may_share else 1)
+    )
+    torch.set_num_threads(2)
+    assert np.array_equal(model.embed(adata, batch_size=5), expected)
+    assert len(seen) == 16
+    assert torch.get_num_threads() == 2
+
+
 def test_trying_the_steps_out_changes_nothing(wide, monkeypatch):
     monkeypatch.setattr(pace, "cores", lambda: 2)
     found = {}
 
     def ask(self, *_):
         before = {name: value.clone() for name, value in found["program"].state_dict().items()}
+        training = found["program"].training
         random = torch.get_rng_state()
         self.may_share  # noqa: B018  asks once
         assert torch.equal(torch.get_rng_state(), random)
         after = found["program"].state_dict()
         assert all(torch.equal(after[name], value) for name, value in before.items())
-        assert found["program"].training
+        assert found["program"].training == training
 
     train = svi.train
     monkeypatch.setattr(
