@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,10 @@ from scvae.boundary.process import alone, device_of
 from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
-from scvae.inference import evidence
+from scvae.extending import extended, with_batches
+from scvae.inference import evidence, marginal
+from scvae.inference.completion import completed
+from scvae.inference.marginal import Mix, as_of
 from scvae.inference.pace import pace_of
 from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
@@ -39,6 +42,7 @@ from scvae.programs import PROGRAMS, Program
 __all__ = ["Fitted", "check_writable", "load"]
 
 _CHUNK = 1024  # cells at a time, by default
+_MIN_STEPS = 200  # of an extension
 
 
 class Fitted:
@@ -49,10 +53,15 @@ class Fitted:
     ``layer_added``. All of them take these arguments:
 
     unknown_batch
-        What to do with cells of batches (or other categories) that the model has not seen: ``"error"``, or
-        ``"ignore"``, which leaves the covariate out.
+        What to do with cells of batches (or other categories) that the model has not seen: ``"error"``; ``"ignore"``,
+        which leaves the covariate out; or ``"marginal"``, for batches only, which takes such cells as of all known
+        batches, weighed by how likely each makes the cell (:mod:`scvae.inference.marginal`). To learn the new batches,
+        :meth:`extend` the model.
     missing_genes
-        What to do where genes of the model are missing: ``"error"``, or ``"zero"``, which takes their counts for 0.
+        What to do where genes of the model are missing: ``"error"``; ``"zero"``, which takes their counts for 0; or
+        ``"impute"``, which takes them as not measured. Their likelihood is then left out, and that of counts is of
+        fractions of what was measured, while the encoder is shown what is expected of them given what was
+        (:mod:`scvae.inference.completion`).
     batch_size
         Cells that are computed at a time.
     seed
@@ -175,7 +184,8 @@ class Fitted:
             return torch.stack(self.program.embed(batch), 1) if give_std else self.program.embed(batch)[0]
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        result = self._each(cells, answer, seed, batch_size)
+        mix = marginal.chosen if draws else marginal.moments if give_std else marginal.mean
+        result = self._each(cells, answer, seed, batch_size, unknown_batch, mix)
         if draws:
             return np.ascontiguousarray(result.swapaxes(0, 1))
         return (result[:, 0].copy(), result[:, 1].copy()) if give_std else result
@@ -203,7 +213,82 @@ class Fitted:
         check_anndata(adata, to_write=True)
         key = self.key_added if key_added is None else check_key("key_added", key_added)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        self._write(adata, cells, key, batch_size)
+        self._write(adata, cells, key, batch_size, unknown_batch)
+
+    def extend(
+        self,
+        query: AnnData,
+        *,
+        batch_key: str | Sequence[str] | None = None,
+        max_steps: int = 600,
+        batch_size: int = 128,
+        learning_rate: float = 1e-2,
+        deviation_scale: float = 0.5,
+        missing_genes: str = "error",
+        seed: int = 0,
+        progress: bool = True,
+    ) -> Fitted:
+        """Return a model that knows the batches of other cells too; what it says of known batches remains.
+
+        The new batches learn weights of their own and nothing else, on their own cells (:mod:`scvae.extending`). This
+        model is left as it is, and so are the cells: write to them with :meth:`transform` of what is returned.
+
+        Parameters
+        ----------
+        query
+            Cells of new batches, at least two. Those of known batches among them are left alone.
+        batch_key
+            Column of ``query.obs`` that holds the batches, or several; by default that of the model, in which the model
+            that is returned looks for them in any case.
+        max_steps
+            Steps at most. They end earlier when the bound of held-out cells has stopped rising.
+        batch_size, learning_rate, deviation_scale
+            As in :class:`scvae.inference.svi.Training`. The smaller `deviation_scale`, the more a new batch is held to
+            the mean of the known batches.
+        missing_genes
+            As above.
+        seed
+            Makes it repeatable.
+        progress
+            Whether to show a progress bar.
+
+        Returns
+        -------
+        Fitted
+            The model. Its `course` and `training` are those of the new batches.
+
+        Raises
+        ------
+        ValueError
+            If the model was fitted without batches, or knows all of those of the cells.
+        scvae.inference.svi.NonFiniteLoss
+            If the loss becomes NaN or infinite.
+
+        Examples
+        --------
+        >>> import scvae
+        >>> adata = scvae.datasets.simulated_batches(n_cells=300, n_genes=50, n_batches=3, seed=0)
+        >>> is_new = adata.obs["batch"] == "batch_2"
+        >>> model = scvae.fit(adata[~is_new].copy(), batch_key="batch", max_epochs=2, progress=False)
+        >>> query = adata[is_new].copy()
+        >>> model.extend(query, max_steps=50, progress=False).transform(query)
+        >>> query.obsm["X_scvae"].shape == (query.n_obs, 20)
+        True
+        """
+        seed, most = seed_of(seed), whole("max_steps", max_steps)
+        training = Training(
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            deviation_scale=deviation_scale,
+            min_steps=min(most, _MIN_STEPS),
+            max_steps=most,
+            kl_warmup=0.0,
+            kl_level=1.0,
+        )
+        larger, of_query, is_new = with_batches(query, self.program.schema, batch_key)
+        cells = self._cells(query[is_new], of_query, missing_genes=missing_genes)
+        program, course = extended(self.program, larger, cells, training, seed, progress)
+        return Fitted(program, course, {"seed": seed, **training.as_dict()}, self.key_added)
 
     def denoise(
         self,
@@ -270,14 +355,19 @@ class Fitted:
             draws = [self.program.embed(cells)[0]] if n_samples is None else self._posterior(cells, n_samples)
             total = torch.zeros(len(cells), len(columns), device=self.device)
             for code in codes:
-                to = cells if code is None else _as_of(cells, code, schema)
+                to = cells if code is None else as_of(cells, code, schema)
                 for z in draws:
                     total += self.program.decode(z, to)[:, columns]
             size = self.program.library(cells).unsqueeze(-1) if library_size == "cell" else float(library_size)
             return total / (len(codes) * len(draws)) * size
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        result = self._each(cells, expression, seed, batch_size)
+        if cells.missing is not None and library_size == "cell":
+            raise ValueError(
+                "library_size='cell' is of all genes of the model, and not all were measured: give a number, or pass "
+                "missing_genes='zero'."
+            )
+        result = self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
         if layer_added is not None:
             layer = np.full(adata.shape, np.nan, dtype=np.float32)
             place = {name: i for i, name in enumerate(map(str, genes))}
@@ -338,11 +428,11 @@ class Fitted:
         def images(cells: Batch) -> Tensor:
             z = self.program.embed(cells)[0]
             where = self.program.pose_of(cells) if given is None else given.expand(len(cells), -1)
-            to = cells if code is None else _as_of(cells, code, self.program.schema)
+            to = cells if code is None else as_of(cells, code, self.program.schema)
             return self.program.render(z, to, where, size)
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        return self._each(cells, images, 0, batch_size)
+        return self._each(cells, images, 0, batch_size, unknown_batch, marginal.likeliest)
 
     def decode(self, z: np.ndarray, *, batch: str | Sequence[str] | None = None) -> np.ndarray:
         """Return the expression, or the image, that latent vectors stand for, ``[n, n_genes]``, float32.
@@ -373,7 +463,7 @@ class Fitted:
         with alone(0, device):
             for vectors in torch.from_numpy(given).to(device).split(_CHUNK):
                 blank = self._blank(torch.zeros(len(vectors), len(schema.widths), dtype=torch.int64, device=device))
-                total = sum(self.program.decode(vectors, _as_of(blank, code, schema)) for code in codes)
+                total = sum(self.program.decode(vectors, as_of(blank, code, schema)) for code in codes)
                 parts.append((total / len(codes)).cpu().numpy())
         decoded = np.concatenate(parts) if parts else np.empty((0, len(schema.genes)), np.float32)
         return decoded.reshape(len(decoded), *schema.channels) if self.program.of_images else decoded
@@ -452,7 +542,11 @@ class Fitted:
         """Return the evidence lower bound of each cell, nats, ``[n_cells]``, estimated with `n_samples` draws."""
         n_samples = whole("n_samples", n_samples)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        return self._each(cells, lambda batch: evidence.elbo(self.program, batch, n_samples), seed, batch_size)
+
+        def answer(batch: Batch) -> Tensor:
+            return evidence.elbo(self.program, batch, n_samples)
+
+        return self._each(cells, answer, seed, batch_size, unknown_batch, marginal.evidence)
 
     def log_likelihood(
         self,
@@ -482,7 +576,11 @@ class Fitted:
         estimators = {"importance": evidence.importance_weighted, "prior": evidence.prior_monte_carlo}
         estimate, n_samples = estimators[one_of("method", method, estimators)], whole("n_samples", n_samples)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        return self._each(cells, lambda batch: estimate(self.program, batch, n_samples), seed, batch_size)
+
+        def answer(batch: Batch) -> Tensor:
+            return estimate(self.program, batch, n_samples)
+
+        return self._each(cells, answer, seed, batch_size, unknown_batch, marginal.evidence)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the model to a folder, as ``model.json`` and a file of weights; see :func:`scvae.load`.
@@ -516,23 +614,41 @@ class Fitted:
         content = json.loads(json.dumps(content, default=np.generic.item))
         files.write_model(path, content, weights, overwrite=overwrite)
 
-    def _cells(self, adata: AnnData, **how: str) -> Cells:
+    def _cells(self, adata: AnnData, schema: Schema | None = None, **how: str) -> Cells:
         with alone(0, self.device):
-            return read_cells(adata, self.program.schema, device=self.device, **how)
+            cells = read_cells(adata, schema or self.program.schema, device=self.device, **how)
+            if cells.missing is not None:
+                cells.complete = partial(completed, self.program)
+            return cells
 
     def _each(
-        self, cells: Cells, answer: Callable[[Batch], Tensor], seed: int = 0, batch_size: int = _CHUNK
+        self,
+        cells: Cells,
+        answer: Callable[[Batch], Tensor],
+        seed: int = 0,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        mix: Mix = marginal.mean,
     ) -> np.ndarray:
-        """Ask something of all cells, so many at a time, in order."""
+        """Ask something of all cells, so many at a time, in order; `mix` makes one of the answers as of each batch."""
         seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
         result = np.empty(0)
-        sizes = {min(batch_size, len(cells))}
+        rows = torch.arange(len(cells), device=cells.device)
+        parts = [(rows, answer)]
+        if unknown_batch == "marginal":
+            is_known = cells.schema.batch_of(cells.codes) >= 0
+            parts = [
+                (rows[is_known], answer),
+                (rows[~is_known], lambda batch: marginal.marginal(self.program, batch, answer, mix)),
+            ]
+        sizes = {min(batch_size, len(of_part)) for of_part, _ in parts if len(of_part)}
         with alone(seed, self.device), pace_of(self.program, cells, sizes) as pace:
-            for rows, batch in cells.minibatches(batch_size):
-                part = pace(partial(answer, batch)).cpu().numpy()
-                if not len(result):
-                    result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
-                result[rows.cpu().numpy()] = part
+            for of_part, ask in parts:
+                for rows, batch in cells.minibatches(batch_size, of_part) if len(of_part) else ():
+                    part = pace(partial(ask, batch)).cpu().numpy()
+                    if not len(result):
+                        result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
+                    result[rows.cpu().numpy()] = part
         return result
 
     def _posterior(self, batch: Batch, n_samples: int) -> list[Tensor]:
@@ -560,7 +676,14 @@ class Fitted:
             schema.covariates(codes, continuous),
         )
 
-    def _write(self, adata: AnnData, cells: Cells, key: str | None = None, batch_size: int = _CHUNK) -> None:
+    def _write(
+        self,
+        adata: AnnData,
+        cells: Cells,
+        key: str | None = None,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+    ) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
         key = self.key_added if key is None else key
         first = check_writable(adata, self.program, cells, key)
@@ -569,7 +692,12 @@ class Fitted:
         def answer(batch: Batch) -> Tensor:
             return torch.cat([part.reshape(len(part), -1) for part in _written(self.program, batch).values()], 1)
 
-        parts = np.split(self._each(cells, answer, 0, batch_size), np.cumsum(widths)[:-1], axis=1)
+        def mix(answers: Iterable[Tensor], weights: Tensor) -> Tensor:
+            latent, others = torch.stack(list(answers)).tensor_split([2 * widths[0]], -1)
+            latent = marginal.moments(latent.unflatten(-1, (2, -1)), weights).flatten(1)
+            return torch.cat([latent, marginal.likeliest(others, weights)], 1)
+
+        parts = np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
         obs: dict[str, Any] = {}
         obsm: dict[str, np.ndarray] = {}
         for (name, like), part in zip(first.items(), parts, strict=True):
@@ -689,16 +817,6 @@ def _schema(content: dict[str, Any]) -> Schema:
 
     tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
     return Schema(**{**{name: plain(value) for name, value in content.items()}, **tables})
-
-
-def _as_of(batch: Batch, code: int, schema: Schema) -> Batch:
-    """Return the same cells as if they were of another batch."""
-    if schema.batch_key is None:
-        return batch
-    covariates = batch.covariates.clone()
-    covariates[:, : len(schema.batches)] = 0
-    covariates[:, code] = 1
-    return replace(batch, s=torch.full_like(batch.s, code), covariates=covariates)
 
 
 def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:

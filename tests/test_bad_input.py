@@ -253,10 +253,10 @@ def test_cells_of_new_batches_are_embedded_without_it_and_others_as_ever(adata, 
     assert np.allclose(model.denoise(new, unknown_batch="ignore")[~is_known], ignored[~is_known], rtol=1e-5)
 
 
-def test_what_to_do_with_unknowns_is_one_of_two_things(adata, model):
-    with pytest.raises(ValueError, match=r"unknown_batch is one of 'error', 'ignore', not 'skip'"):
+def test_what_to_do_with_unknowns_is_one_of_three_things(adata, model):
+    with pytest.raises(ValueError, match=r"unknown_batch is one of 'error', 'ignore', 'marginal', not 'skip'"):
         model.embed(adata, unknown_batch="skip")
-    with pytest.raises(ValueError, match=r"missing_genes is one of 'error', 'zero', not 'skip'"):
+    with pytest.raises(ValueError, match=r"missing_genes is one of 'error', 'zero', 'impute', not 'skip'"):
         model.embed(adata, missing_genes="skip")
 
 

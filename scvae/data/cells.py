@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -113,6 +113,10 @@ class Batch:
         One-hot batch and categorical covariates, then standardised continuous ones, ``[n, n_covariates]``.
     size_factor
         ``[n]``, or None.
+    missing
+        Which genes were not measured, ``[G]``, bool: their likelihood is left out. None where all were.
+    completed
+        The counts with what is expected of those genes in their places; None where all were measured.
     """
 
     counts: SparseCounts | None
@@ -120,9 +124,19 @@ class Batch:
     s: Tensor
     covariates: Tensor
     size_factor: Tensor | None = None
+    missing: Tensor | None = None
+    completed: SparseCounts | None = None
 
     def __len__(self) -> int:
         return len(self.s)
+
+    @property
+    def shown(self) -> SparseCounts:
+        """What an encoder is shown, ``[n, G]``: what was measured, and in the place of the rest what is expected."""
+        shown = self.counts if self.completed is None else self.completed
+        if shown is None:
+            raise ValueError("These cells are to be drawn: nothing was measured.")
+        return shown
 
     @cached_property
     def values(self) -> Tensor:
@@ -151,7 +165,12 @@ class Cells:
         ``[n_cells]``, positive, or None.
     device
         Where minibatches are made.
+    missing
+        Which genes were not measured, ``[n_genes]``, bool; or None, which takes what is not there for 0.
     """
+
+    #: Puts what is expected of genes that were not measured in their places.
+    complete: Callable[[Batch], Batch] | None = None
 
     def __init__(
         self,
@@ -161,6 +180,7 @@ class Cells:
         schema: Schema,
         size_factor: np.ndarray | None = None,
         device: torch.device | str = "cpu",
+        missing: np.ndarray | None = None,
     ) -> None:
         self.schema = schema
         self.device = torch.device(device)
@@ -174,6 +194,7 @@ class Cells:
         self.codes = self._tensor(codes, np.int64)
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
+        self.missing = None if missing is None else self._tensor(missing, np.bool_)
 
     def __len__(self) -> int:
         return self.n_cells
@@ -186,13 +207,15 @@ class Cells:
         """
         values, cell, gene, *offsets = self._nonzeros(rows, n_nonzero, padded)
         log_factorial, codes = self.log_factorial.index_select(0, rows), self.codes.index_select(0, rows)
-        return Batch(
+        batch = Batch(
             SparseCounts(values, cell, gene, (len(rows), self.n_genes), log_factorial, padded, *offsets),
             self.library_size.index_select(0, rows),
             self.schema.batch_of(codes),
             self.schema.covariates(codes, self.continuous.index_select(0, rows)),
             None if self.size_factor is None else self.size_factor.index_select(0, rows),
+            self.missing,
         )
+        return batch if self.complete is None else self.complete(batch)
 
     def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
         """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""

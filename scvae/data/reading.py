@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "rows_of",
     "some",
     "where_of",
+    "with_new_batches",
 ]
 
 _LARGEST = 1e30  # which single precision still squares in the logarithm of a likelihood
@@ -119,9 +121,10 @@ def read_cells(
         Where to keep them.
     unknown_batch
         What to do with cells of categories that the model has not seen: ``"error"``, or ``"ignore"``, which
-        leaves the covariate of such cells out.
+        leaves the covariate of such cells out; or ``"marginal"``, which does so with the batch alone.
     missing_genes
-        What to do if genes of the model are missing: ``"error"``, or ``"zero"``.
+        What to do if genes of the model are missing: ``"error"``; ``"zero"``; or ``"impute"``, which marks them as not
+        measured.
     mask_var
         By what the genes were chosen, for a message; None where they are those of a fitted model.
 
@@ -136,11 +139,12 @@ def read_cells(
     check_anndata(adata)
     if adata.n_obs == 0:
         raise ValueError("The AnnData has no cells.")
-    one_of("unknown_batch", unknown_batch, ("error", "ignore"))
-    one_of("missing_genes", missing_genes, ("error", "zero"))
+    one_of("unknown_batch", unknown_batch, ("error", "ignore", "marginal"))
+    one_of("missing_genes", missing_genes, ("error", "zero", "impute"))
     codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
     for i, (key, names) in enumerate(schema.categories.items()):
-        codes[:, i] = _codes(adata, key, names, unknown_batch)
+        is_left_out = unknown_batch == "ignore" or (unknown_batch == "marginal" and key == schema.batch_key)
+        codes[:, i] = _codes(adata, key, names, "ignore" if is_left_out else "error", key == schema.batch_key)
     continuous = np.empty((adata.n_obs, len(schema.continuous)), dtype=np.float32)
     for i, (key, (mean, std)) in enumerate(schema.continuous.items()):
         continuous[:, i] = (_numbers(adata, key) - mean) / std
@@ -166,13 +170,42 @@ def read_cells(
         frame, where = _representation(adata, schema.use_rep), f"adata.obsm[{schema.use_rep!r}]"
         matrix, names = frame.to_numpy(), frame.columns
     columns = _columns(names, schema.genes, missing_genes, adata)
+    missing = None
     if columns is not None:
         _warn_of_few(columns, schema.genes, adata)
+        missing = columns < 0 if missing_genes == "impute" and (columns < 0).any() else None
     counts = _csr(matrix, columns)
     _check_values(counts, adata, schema, where)
     if schema.kind == "counts" and schema.image_key is None:
         _check_not_empty(counts, adata, schema, where, mask_var)
-    return Cells(counts, codes, continuous, schema, size_factor, device)
+    return Cells(counts, codes, continuous, schema, size_factor, device, missing)
+
+
+def with_new_batches(adata: AnnData, schema: Schema, batch_key: Key | None = None) -> tuple[Schema, np.ndarray]:
+    """Return a schema that knows the batches of other cells too, after its own, and which cells are of new ones.
+
+    Parameters
+    ----------
+    adata
+        The cells.
+    schema
+        Of a model with batches.
+    batch_key
+        Where these cells have their batch, if not where those of the model have it.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If it is missing in some cells.
+    """
+    own: Any = schema.batch_key
+    codes, names = _named(adata, own if batch_key is None else batch_key)
+    known = set(schema.categories[own])
+    new = tuple(name for name in names if name not in known)
+    categories = {**schema.categories, own: (*schema.categories[own], *new)}
+    return replace(schema, categories=categories), np.isin(codes, [i for i, name in enumerate(names) if name in new])
 
 
 def counts_of(
@@ -257,7 +290,7 @@ def _numbers(adata: AnnData, key: str) -> np.ndarray:
     return values
 
 
-def _codes(adata: AnnData, key: Key, known: Sequence[Any], unknown: str) -> np.ndarray:
+def _codes(adata: AnnData, key: Key, known: Sequence[Any], unknown: str, is_batch: bool) -> np.ndarray:
     """Return the code of each cell among the categories that a model knows, -1 for others."""
     codes, names = _named(adata, key)
     places = {name: i for i, name in enumerate(known)}
@@ -265,7 +298,9 @@ def _codes(adata: AnnData, key: Key, known: Sequence[Any], unknown: str) -> np.n
     if new and unknown == "error":
         raise ValueError(
             f"{where_of(key)} has categories that the model was not fitted to: {some(new)}; it knows "
-            f"{some(map(name_of, known))}. Pass unknown_batch='ignore' to take such cells without it."
+            f"{some(map(name_of, known))}. Pass unknown_batch='ignore' to take such cells without it"
+            + (", or 'marginal' as of the batches that suit them; or extend the model, model.extend(adata)" * is_batch)
+            + "."
         )
     return np.array([places.get(name, -1) for name in names], dtype=np.int64)[codes]
 
@@ -354,7 +389,7 @@ def _columns(names: pd.Index, genes: Sequence[str], missing_genes: str, adata: A
     if len(missing) and missing_genes == "error":
         raise ValueError(
             f"The AnnData lacks {some(missing, 'gene')} of the {len(genes)} that the model was fitted to. Pass "
-            "missing_genes='zero' to take their counts for 0."
+            "missing_genes='zero' to take their counts for 0, or 'impute' to take them as not measured."
         )
     return columns
 
@@ -363,8 +398,8 @@ def _warn_of_few(columns: np.ndarray, genes: Sequence[str], adata: AnnData) -> N
     n_here = int((columns >= 0).sum())
     if 2 * n_here < len(genes):
         warnings.warn(
-            f"The AnnData has only {n_here} of the {len(genes)} genes of the model; the others are taken for 0, and "
-            f"what the model says of these cells means little. {_other_names(adata, genes)}",
+            f"The AnnData has only {n_here} of the {len(genes)} genes of the model, and what the model says of these "
+            f"cells means little. {_other_names(adata, genes)}",
             stacklevel=5,
         )
 

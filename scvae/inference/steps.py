@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +15,32 @@ from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import Capture
 from scvae.programs.program import Program
 
-__all__ = ["Step"]
+__all__ = ["Part", "Step"]
 
 _log = logging.getLogger("scvae")
 
 _WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate what they keep
 _SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
+
+
+class Part(NamedTuple):
+    """Entries of a parameter that are learnt while the others keep their values.
+
+    They have a normal prior about where they start.
+
+    Parameters
+    ----------
+    parameter
+        Of the program.
+    is_learnt
+        1 for the entries that are learnt, 0 for those that are kept, in the shape of the parameter.
+    start
+        The values of the parameter before the first step.
+    """
+
+    parameter: Tensor
+    is_learnt: Tensor
+    start: Tensor
 
 
 class Step:
@@ -40,7 +61,9 @@ class Step:
     capture
         Records a function and returns one that replays it; None where steps are not to be captured.
     deviation_scale
-        Standard deviation of the prior of ``program.deviations()``.
+        Standard deviation of the prior of ``program.deviations()``, or of the `parts`.
+    parts
+        All that is learnt, where that is not the whole program; then no weights shrink.
     """
 
     def __init__(
@@ -50,12 +73,16 @@ class Step:
         size: int,
         capture: Capture | None = None,
         deviation_scale: float = 1.0,
+        parts: Sequence[Part] = (),
     ) -> None:
         self.deviation_scale = deviation_scale
         self.program, self.cells, self.size, self.capture = program, cells, size, capture
         self.rate, self.kl_weight = torch.zeros((), device=cells.device), torch.zeros((), device=cells.device)
+        self.parts = parts
         self.parameters: list[Tensor] = [p for p in program.parameters() if p.requires_grad]
         self.shrunk, self.deviations = program.decayed(), program.deviations()
+        if parts:
+            self.parameters, self.shrunk, self.deviations = [part.parameter for part in parts], [], []
         #: Rates, relative to the learning rate, at which these shrink, ``[n_matrices]``.
         self.decays = torch.zeros(len(self.shrunk), device=cells.device)
         self.adam = _Adam(self.parameters)
@@ -85,6 +112,10 @@ class Step:
         with torch.no_grad():
             for weights in self.deviations:  # with the slope of minus the log density of their prior, per cell
                 slopes[weights] = slopes[weights].add(weights, alpha=self.deviation_scale**-2 / len(self.cells))
+            for weights, is_learnt, start in self.parts:  # likewise; Adam leaves alone what never had a slope
+                slopes[weights] = is_learnt * slopes[weights].add(
+                    weights - start, alpha=self.deviation_scale**-2 / len(self.cells)
+                )
             self.count += 1
             for weights, kept in zip(self.shrunk, (1 - self.rate * self.decays).unbind(), strict=True):
                 weights.mul_(kept)

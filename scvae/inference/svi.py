@@ -22,7 +22,7 @@ from scvae.inference.pace import pace_of
 from scvae.inference.progress import Progress
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
-from scvae.inference.steps import Step
+from scvae.inference.steps import Part, Step
 from scvae.programs.program import Program
 
 __all__ = ["Course", "NonFiniteLoss", "Training", "train"]
@@ -159,10 +159,13 @@ class NonFiniteLoss(FloatingPointError):
         self.step, self.site, self.rows = step, site, rows
 
 
-def train(program: Program, cells: Cells, training: Training, *, progress: bool = True) -> Course:
+def train(
+    program: Program, cells: Cells, training: Training, *, parts: Sequence[Part] = (), progress: bool = True
+) -> Course:
     """Maximise the ELBO by stochastic gradient ascent.
 
-    Ctrl-C ends the training with the weights as they are.
+    Ctrl-C ends the training with the weights as they are. With `parts` these alone are learnt: the networks are as
+    after training (batch norm, dropout), and nothing else of the program changes.
 
     Returns
     -------
@@ -179,7 +182,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
     everyone = torch.cat([held_out, rows])
     fewest, most = training.n_steps(n_minibatches(len(rows), training.batch_size))
     every = -(-fewest // training.n_evaluations)
-    settling = {round(fraction * fewest) for fraction in training.settled_at}
+    settling = set() if parts else {round(fraction * fewest) for fraction in training.settled_at}
     check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
 
     capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
@@ -187,7 +190,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
         capture = Recorded
     elif cells.values.is_cuda:
         capture = CudaGraphs()
-    step = Step(program, cells, min(training.batch_size, len(cells)), capture, training.deviation_scale)
+    step = Step(program, cells, min(training.batch_size, len(cells)), capture, training.deviation_scale, parts)
     step.decays.fill_(training.decay(len(cells)))
     decays = LearntDecays(step.decays)
     recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
@@ -201,7 +204,7 @@ def train(program: Program, cells: Cells, training: Training, *, progress: bool 
 
     bar = Progress(total=fewest, disable=not progress)
     sizes = {len(part) for some in (rows, everyone) for part in some.tensor_split(n_minibatches(len(some), step.size))}
-    program.train()
+    program.train(not parts)
     with unchecked(), bar, pace_of(program, cells, sizes) as pace:
         source = _forever(cells, training.batch_size, rows)
         try:

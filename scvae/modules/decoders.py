@@ -77,7 +77,10 @@ class CountDecoder(nn.Module):
     def forward(self, z: Tensor, l: Tensor, batch: Batch) -> Any:
         """Return the distribution of the counts, ``[n, G]``, given ``z``, ``[n, n_latent]``, and ``l``, ``[n]``."""
         h = self.layers(z, batch.covariates)
-        mean = {"log_mean": self.w(h, batch.covariates), "log_total": l.log()}  # l softmax(f_w), [n, G]
+        logits = self.w(h, batch.covariates)
+        if batch.missing is not None:  # fractions of what was measured
+            logits = logits.masked_fill(batch.missing, _NOTHING)
+        mean = {"log_mean": logits, "log_total": l.log()}  # l softmax(f_w), [n, G]
         if self.log_theta is None:
             return Poisson(**mean)
         if isinstance(self.log_theta, LinearWithCovariates):
@@ -190,7 +193,8 @@ class RealDecoder(nn.Module):
 
     def forward(self, z: Tensor, batch: Batch) -> Any:
         """Return the distribution of the values, ``[n, G]``, given ``z``, ``[n, n_latent]``."""
-        return Normal(self.loc(z, batch), self.sigma()).to_event(1)
+        x = Normal(self.loc(z, batch), self.sigma())
+        return (x if batch.missing is None else x.mask(~batch.missing)).to_event(1)
 
     def weights(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts; none of a decoder that is linear."""
@@ -201,6 +205,14 @@ class RealDecoder(nn.Module):
         return deviations_of(self) if self.layers.linear else []
 
 
+def moments_of_log_library(library_size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the log library size, of which a batch of equal totals has none."""
+    log_l = library_size.log()
+    return log_l.mean(), log_l.var(correction=0).clamp(min=_MIN_VARIANCE)
+
+
+_MIN_VARIANCE = 1e-4  # of the log library size
+_NOTHING = -1e4  # logit of a gene that was not measured, whose fraction is then 0
 _PRIOR_COUNTS = 4.0  # tell as much of a log fraction as a prior of standard deviation 0.5 does
 _GATE_START = -2.0  # a prior guess of 12 % dropout
 _LEAST_NOISE = 1e-3  # in units of the data's standard deviation

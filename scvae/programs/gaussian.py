@@ -109,7 +109,7 @@ class Gaussian(Program):
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the encoder's last hidden layer, ``[n, n_hidden]``."""
-        return self.encoder(self._inputs(self.decoder.standardised(batch.values), batch.covariates))
+        return self.encoder(self._inputs(self.decoder.standardised(batch.shown.dense()), batch.covariates))
 
     def q_of(self, inputs: Tensor, covariates: Tensor) -> TorchDistribution:
         """Return ``q(z | u)`` of standardised inputs that are no cells, for a VampPrior."""

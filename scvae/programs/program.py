@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -83,6 +83,9 @@ class Program(nn.Module, ABC):
     @abstractmethod
     def initialise(self, cells: Cells) -> None:
         """Set what is read off the data (library sizes, mean expression), before training."""
+
+    def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
+        """Set what is read off the cells of single batches, given by code; by default nothing."""
 
     @abstractmethod
     def model(self, batch: Batch) -> None:

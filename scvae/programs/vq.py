@@ -35,6 +35,7 @@ appendix A.1.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,7 +46,7 @@ from torch import Tensor
 
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.codebook import Codebook
-from scvae.modules.decoders import CountDecoder, RealDecoder
+from scvae.modules.decoders import CountDecoder, RealDecoder, moments_of_log_library
 from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CodebookOptions, CountOptions, NoiseOptions
 from scvae.programs.program import Program
@@ -106,12 +107,15 @@ class VQ(Program):
 
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean expression of each batch, and the codebook at the centres of k-means."""
-        log_l = cells.library_size.log()
-        s = self.schema.batch_of(cells.codes)
-        for i, own in enumerate([*(log_l[s == i] for i in range(len(self.schema.batches))), log_l]):
-            self.m[i] = own.mean()
-            self.v[i] = own.var(correction=0).clamp(min=_MIN_VARIANCE)
+        self.initialise_batches(cells, range(len(self.schema.batches)))
+        self.m[-1], self.v[-1] = moments_of_log_library(cells.library_size)
         self._start(cells)
+
+    def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
+        """Set the prior of ``l`` in some batches."""
+        s = self.schema.batch_of(cells.codes)
+        for k in batches:
+            self.m[k], self.v[k] = moments_of_log_library(cells.library_size[s == k])
 
     @torch.no_grad()
     def _start(self, cells: Cells) -> None:
@@ -153,7 +157,7 @@ class VQ(Program):
 
     def inputs(self, batch: Batch) -> Any:
         """Return what the encoder takes, ``[n, G]``."""
-        return replace(batch.counts, values=batch.counts.values.log1p())  # type: ignore
+        return replace(batch.shown, values=batch.shown.values.log1p())
 
     def p_x(self, z: Tensor, batch: Batch) -> Any:
         """Return the distribution of the counts, ``[n, G]``; the total of cells that are drawn is drawn too."""
@@ -222,9 +226,12 @@ class VQGaussian(VQ):
         """Start the decoder at the mean of each batch, and the codebook at the centres of k-means."""
         self._start(cells)
 
+    def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
+        """Set nothing: real numbers have no library size."""
+
     def inputs(self, batch: Batch) -> Tensor:
         """Return what the encoder takes, ``[n, G]``."""
-        return self.decoder.standardised(batch.values)
+        return self.decoder.standardised(batch.shown.dense())
 
     def p_x(self, z: Tensor, batch: Batch) -> Any:
         """Return the distribution of the values, ``[n, G]``."""
@@ -239,5 +246,4 @@ class VQGaussian(VQ):
         return self.decoder.loc(self.quantise(z), batch)
 
 
-_MIN_VARIANCE = 1e-4  # of the log library size: a batch whose totals are all equal has none
 _START_CELLS = 4096  # at most, whose encodings k-means is run on

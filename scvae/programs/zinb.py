@@ -25,6 +25,7 @@ Lopez, Regier, Cole, Jordan and Yosef 2018, Deep generative modeling for single-
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ from torch.nn.functional import softplus
 
 from scvae.boundary.options import Whole
 from scvae.data.cells import Batch, Cells, Schema
-from scvae.modules.decoders import CountDecoder
+from scvae.modules.decoders import CountDecoder, moments_of_log_library
 from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CountOptions, LatentOptions
 from scvae.programs.program import Program
@@ -105,11 +106,8 @@ class ZINB(Program):
 
     def initialise(self, cells: Cells) -> None:
         """Set the prior of ``l`` and start the decoder at the mean expression of each batch."""
-        log_l = cells.library_size.log()
-        s = self.schema.batch_of(cells.codes)
-        for k, own in enumerate([*(log_l[s == k] for k in range(len(self.schema.batches))), log_l]):
-            self.m[k] = own.mean()
-            self.v[k] = own.var(correction=0).clamp(min=_MIN_VARIANCE)
+        self.initialise_batches(cells, range(len(self.schema.batches)))
+        self.m[-1], self.v[-1] = moments_of_log_library(cells.library_size)
         if cells.size_factor is not None:
             self.unit.copy_(cells.library_size.mean() / cells.size_factor.mean())
         self.decoder.start(cells)
@@ -117,6 +115,12 @@ class ZINB(Program):
         with torch.no_grad():
             nn.init.zeros_(self.of_l.weight)
             self.of_l.bias.copy_(torch.tensor([0.0, _L_SCALE_START]))
+
+    def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
+        """Set the prior of ``l`` in some batches."""
+        s = self.schema.batch_of(cells.codes)
+        for k in batches:
+            self.m[k], self.v[k] = moments_of_log_library(cells.library_size[s == k])
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
@@ -134,6 +138,8 @@ class ZINB(Program):
                 l = pyro.sample("l", LogNormal(self.m[batch.s], self.v[batch.s].sqrt()))  # [n]
             else:
                 l = self.library(batch)
+                if self.library_kind == "size_factor" and batch.missing is not None:  # l of what was measured
+                    l = l * self.decode(z, batch)[:, ~batch.missing].sum(-1)
             pyro.sample("x", self.decoder(z, l, batch), obs=batch.counts)  # [n, G]
 
     def guide(self, batch: Batch) -> None:
@@ -146,8 +152,7 @@ class ZINB(Program):
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the encoder's last hidden layer, ``[n, n_hidden]``."""
-        counts = batch.counts
-        return self.encoder(replace(counts, values=counts.values.log1p()), batch.covariates)  # type: ignore
+        return self.encoder(replace(batch.shown, values=batch.shown.values.log1p()), batch.covariates)
 
     def q_of(self, inputs: Tensor, covariates: Tensor) -> TorchDistribution:
         """Return ``q(z | u)`` of inputs that are no cells, for a VampPrior."""
@@ -186,6 +191,5 @@ class ZINB(Program):
         return {**library, **self.p_z.per_cell(self.q_z.moments(h)[0])}
 
 
-_MIN_VARIANCE = 1e-4  # of the log library size: a batch whose totals are all equal has none
 _MIN_SCALE = 1e-4  # of log l in the guide
 _L_SCALE_START = -2.0  # softplus: 13 % of uncertainty in the library size
