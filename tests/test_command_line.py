@@ -115,6 +115,41 @@ def test_embed_refuses_new_batches_and_missing_genes_unless_told(run, tmp_path):
     assert anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_new"].shape == (400, 20)
 
 
+def test_extend_and_transfer_write_what_the_functions_write(run, tmp_path):
+    adata = anndata.read_h5ad(DATA)
+    is_new = (adata.obs["batch"] == adata.obs["batch"].iloc[0]).to_numpy()
+    reference, query = adata[~is_new].copy(), adata[is_new].copy()
+    reference.write_h5ad("reference.h5ad")
+    query.write_h5ad("query.h5ad")
+    assert run("fit", "reference.h5ad", "--batch-key", "batch", "--model", "model", "--max-epochs", 2)[0] == 0
+    code, out, err = run(
+        "extend", "query.h5ad", "--model", "model", "--extended", "extended", "--output", "out.h5ad", "--max-steps", 9,
+        "--batch-size", 32, "--learning-rate", 0.02, "--deviation-scale", 0.3, "--seed", 4, "--quiet",
+    )  # fmt: skip
+    assert (code, out, err) == (0, "", "")
+    options = {"max_steps": 9, "batch_size": 32, "learning_rate": 0.02, "deviation_scale": 0.3, "seed": 4}
+    extended = scvae.load("model").extend(query, progress=False, **options)
+    np.testing.assert_array_equal(anndata.read_h5ad("out.h5ad").obsm["X_scvae"], extended.embed(query))
+    assert scvae.load("extended").training["max_steps"] == 9
+    code, out, err = run(
+        "transfer", "query.h5ad", "--reference", "reference.h5ad", "--labels-key", "cell_type", "--model", "extended",
+        "--output", "labelled.h5ad", "--coverage", 0.8, "--key-added", "mine",
+    )  # fmt: skip
+    assert code == 0, err
+    table = scvae.tl.transfer_labels(extended, reference, query, "cell_type", coverage=0.8, key_added="mine")
+    n_out = table["out_of_reference"].sum()
+    assert out == f'labels: .obs["mine"] in labelled.h5ad; {n_out} of {len(table)} cells are out of the reference\n'
+    written = anndata.read_h5ad("labelled.h5ad")
+    assert (written.obs["mine"] == table["label"]).all()
+    np.testing.assert_array_equal(written.obs["mine_score"], table["score"])
+    code, _, err = run("extend", "query.h5ad", "--model", "model")
+    assert (code, "nothing would be kept: name --output, --extended or both" in err) == (2, True)
+    code, _, err = run("extend", "reference.h5ad", "--model", "model", "--output", "no.h5ad")
+    assert (code, "knows all batches of these cells" in err, Path("no.h5ad").exists()) == (1, True, False)
+    where = ("--unknown-batch", "marginal", "--missing-genes", "impute", "--output", "embedded.h5ad")
+    assert run("embed", "query.h5ad", "--model", "model", *where)[0] == 0
+
+
 def test_every_option_reaches_the_function(run, monkeypatch):
     passed = {}
 
@@ -312,6 +347,8 @@ def commands(model="model"):
     yield ("embed", "a.h5ad", "--model", model)
     yield ("denoise", "a.h5ad", "--model", model)
     yield ("generate", "--model", model, "--n", 3)
+    yield ("extend", "a.h5ad", "--model", model)
+    yield ("transfer", "a.h5ad", "--reference", "b.h5ad", "--labels-key", "cell_type", "--model", model)
     yield ("cluster", "a.h5ad", "--n-clusters", 2)
     yield ("tune", "a.h5ad")
 

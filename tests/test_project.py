@@ -13,7 +13,10 @@ import scvae
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "data/README.md", "docs/index.md", "docs/model.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CHANGELOG.md", "data/README.md", "docs/index.md", "docs/model.md", "docs/mapping.md")
+]
 
 
 def names(requirements):

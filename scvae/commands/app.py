@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
-from scvae.commands import choosing, clusters, demo, models
+from scvae.commands import choosing, clusters, demo, mapping, models
 from scvae.commands.endings import Ended
 from scvae.inference import progress
 
@@ -20,6 +20,8 @@ _COMMANDS = (
     models.embed,
     models.denoise,
     models.generate,
+    mapping.extend,
+    mapping.transfer,
     clusters.cluster,
     choosing.compare,
     choosing.tune,

@@ -34,6 +34,7 @@ class UnknownBatch(StrEnum):
 
     error = "error"
     ignore = "ignore"
+    marginal = "marginal"
 
 
 class MissingGenes(StrEnum):
@@ -41,6 +42,7 @@ class MissingGenes(StrEnum):
 
     error = "error"
     zero = "zero"
+    impute = "impute"
 
 
 Input = Annotated[Path, typer.Argument(metavar="IN.h5ad", help="File with raw counts: .h5ad, 10x .h5, .zarr or .loom.")]
@@ -58,9 +60,13 @@ Embedded = Annotated[Path | None, typer.Option(help="Where to write the AnnData 
 Saved = Annotated[Path | None, typer.Option(help="Where to save the fitted model (a folder).")]
 Model = Annotated[Path, typer.Option(help="Model saved by `scvae fit --model`.")]
 Unknown = Annotated[
-    UnknownBatch, typer.Option(help="Batches that the model has not seen: refuse, or go on without batch.")
+    UnknownBatch,
+    typer.Option(help="Batches that the model has not seen: refuse, go on without batch, or as of those that suit."),
 ]
-Missing = Annotated[MissingGenes, typer.Option(help="Genes of the model that are absent: refuse, or count as zero.")]
+Missing = Annotated[
+    MissingGenes,
+    typer.Option(help="Genes of the model that are absent: refuse, count as zero, or take as not measured."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and say nothing but warnings and errors.")]
