@@ -1,8 +1,9 @@
-"""What is computed from a representation of the cells, written to the AnnData as scanpy's ``tl`` does."""
+"""What is computed from a model, or from a representation of the cells, written to the AnnData as scanpy's ``tl`` does."""
 
+from scvae.tl.checks import PosteriorCheck, posterior_check
 from scvae.tl.clustering import cluster
 
-__all__ = ["cluster"]
+__all__ = ["PosteriorCheck", "cluster", "posterior_check"]
 
 
 def __dir__() -> list[str]:
