@@ -2,8 +2,9 @@
 
 from scvae.tl.checks import PosteriorCheck, posterior_check
 from scvae.tl.clustering import cluster
+from scvae.tl.scores import integration_scores
 
-__all__ = ["PosteriorCheck", "cluster", "posterior_check"]
+__all__ = ["PosteriorCheck", "cluster", "integration_scores", "posterior_check"]
 
 
 def __dir__() -> list[str]:
