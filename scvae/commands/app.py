@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
-from scvae.commands import choosing, clusters, demo, models
+from scvae.commands import choosing, clusters, demo, judging, models
 from scvae.commands.endings import Ended
 from scvae.inference import progress
 
@@ -21,6 +21,8 @@ _COMMANDS = (
     models.denoise,
     models.generate,
     clusters.cluster,
+    judging.check,
+    judging.scores,
     choosing.compare,
     choosing.tune,
     demo.demo,
