@@ -1,0 +1,457 @@
+"""Differential expression: which genes differ between groups of cells, and by how much."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from scipy.stats import false_discovery_control
+from torch import Tensor
+
+from scvae.boundary.containers import check_anndata
+from scvae.boundary.keys import check_key
+from scvae.boundary.options import Range, names_of, real, seed_of, whole
+from scvae.boundary.process import alone
+from scvae.data.categories import name_of, named
+from scvae.data.cells import Batch, Cells, Schema
+from scvae.data.reading import categories_of, column_of, some, where_of
+from scvae.fitted import Fitted, _as_of, _own
+from scvae.inference.progress import say
+from scvae.tl.ratio import Moments, contrast, contrast_of_samples, exceedance, mean_of, p_values, relabelled, swapped
+
+__all__ = ["differential"]
+
+
+def differential(
+    model: Fitted,
+    adata: AnnData,
+    groupby: str,
+    *,
+    groups: str | Sequence[str] = "all",
+    reference: str = "rest",
+    sample_key: str | None = None,
+    batch: str | Sequence[str] | None = None,
+    delta: float = 0.0,
+    pseudocount: float = 1e-5,
+    rate: float = 0.05,
+    n_cells: int = 1000,
+    n_mock: int = 40,
+    seed: int = 0,
+    key_added: str = "rank_genes_groups",
+    batch_size: int = 512,
+    unknown_batch: str = "error",
+    missing_genes: str = "error",
+    progress: bool = True,
+) -> pd.DataFrame:
+    check_anndata(adata, to_write=True)
+    schema = model.program.schema
+    if schema.kind != "counts" or schema.image_key is not None:
+        models = "images" if schema.image_key is not None else "real numbers"
+        raise ValueError(f"differential belongs to models of counts; {model.program.name!r} models {models}.")
+    delta, pseudocount = real("delta", delta, Range(0)), real("pseudocount", pseudocount, Range(0, open_least=True))
+    rate = real("rate", rate, Range(0, 1, open_least=True, open_most=True))
+    n_cells, n_mock, batch_size = whole("n_cells", n_cells, 2), whole("n_mock", n_mock), whole("batch_size", batch_size)
+    seed = seed_of(seed)
+    _check_free(adata, check_key("key_added", key_added))
+    batches: Sequence[int] = []
+    if batch is not None or schema.batch_key is not None:
+        batches = range(len(schema.batches)) if batch is None else model._batch_codes(batch)
+    code, names = _groups(adata, groupby, schema)
+    chosen, against = _chosen(np.bincount(code), names, groupby, groups, reference)
+    rng = np.random.default_rng(seed)
+    drawn = _draw(adata, schema, code, sample_key, n_cells, rng)
+    comparisons = [_comparison(drawn, group, against, rng) for group in chosen]
+    mock = [_mock(drawn, each, n_mock, rng, names, sample_key) for each in comparisons]
+    if schema.batch_key is not None:
+        _warn_of_confounding(drawn, comparisons, names, reference)
+
+    with alone(seed, model.device):
+        cells = model._cells(adata[drawn.rows], unknown_batch=unknown_batch, missing_genes=missing_genes)
+        sums = (_OfCells if drawn.sample is None else _OfSamples)(drawn, comparisons, mock, cells)
+        expression = torch.empty(len(cells), cells.n_genes, device=model.device)
+        sides = torch.from_numpy(np.stack([side for each in comparisons for side in (each.a, each.b)])).to(model.device)
+        n_seen = torch.zeros(len(sides), cells.n_genes, device=model.device)
+        for rows, part in cells.minibatches(batch_size):
+            counts, expected, corrected = _of_part(model, part, batches)
+            sums.add(rows, (counts - expected, expected, corrected))
+            n_seen += sides[:, rows].float() @ (counts > 0).float()
+            expression[rows] = corrected
+        seen = (n_seen / sides.sum(1, keepdim=True)).cpu().numpy()
+        probability = _probability(expression, drawn, comparisons, against).cpu().numpy()
+        answers = [sums.answer(i, pseudocount) for i in range(len(comparisons))]
+
+    tables, n_mock_found = [], []
+    for i, (each, answer) in enumerate(zip(comparisons, answers, strict=True)):
+        table, discoveries = _table(answer, seen[2 * i : 2 * i + 2], probability[i], schema.genes, delta, rate)
+        tables.append(table.assign(group=names[each.group], reference=reference))
+        n_mock_found.append(discoveries.mean())
+        if progress:
+            say(
+                f"scvae: {names[each.group]} / {reference}: {(table['pvals_adj'] <= rate).sum():,} of {len(table):,} "
+                f"genes differ at a false discovery rate of {rate:g}; in {len(discoveries)} mock comparisons "
+                f"{discoveries.mean():.1f} on average, {discoveries.max():,} at most"
+            )
+
+    record: dict[str, Any] = {
+        "params": {
+            "groupby": groupby,
+            "reference": reference,
+            "method": "scvae",
+            "use_raw": False,
+            "corr_method": "benjamini-hochberg",
+            "delta": delta,
+            "pseudocount": pseudocount,
+            "rate": rate,
+            "n_cells": n_cells,
+            "n_mock": n_mock,
+            "seed": seed,
+            "mock_discoveries": np.array(n_mock_found),
+        }
+    }
+    given = {"layer": schema.layer, "sample_key": sample_key}
+    record["params"] |= {name: value for name, value in given.items() if value is not None}
+    of_group = {names[each.group]: table for each, table in zip(comparisons, tables, strict=True)}
+    for column, dtype in _RECORDED.items():
+        frame = pd.DataFrame({name: table[column].to_numpy() for name, table in of_group.items()})
+        record[column] = frame.to_records(index=False, column_dtypes=dict.fromkeys(of_group, dtype))
+    if not any("/" in name for name in of_group):  # which a file takes for a folder
+        for key, column in (("pts", "pct_nz_group"), ("pts_rest", "pct_nz_reference")):
+            by_gene = {name: table.set_index("names")[column] for name, table in of_group.items()}
+            record[key] = pd.DataFrame(by_gene).reindex(list(schema.genes)).rename_axis(None)
+    with _own(adata):
+        adata.uns[key_added] = record
+    return pd.concat(tables, ignore_index=True)[["group", "reference", *_COLUMNS]]
+
+
+#: What scanpy has in ``.uns["rank_genes_groups"]``, with its types.
+_RECORDED = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
+_COLUMNS = (
+    "names",
+    "scores",
+    "logfoldchanges",
+    "lfc_low",
+    "lfc_high",
+    "probability",
+    "pvals",
+    "pvals_adj",
+    "mean_group",
+    "mean_reference",
+    "pct_nz_group",
+    "pct_nz_reference",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """The cells that are looked at.
+
+    Parameters
+    ----------
+    rows
+        Their places in the AnnData, rising, ``[n]``.
+    group, batch
+        Code of each cell's group and batch, ``[n]``.
+    sample
+        Code of each cell's sample, ``[n]``, or None.
+    weight
+        How many cells of its group each stands for, ``[n]``.
+    """
+
+    rows: np.ndarray
+    group: np.ndarray
+    batch: np.ndarray
+    sample: np.ndarray | None
+    weight: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Comparison:
+    """A group and what it is compared to: which of the drawn cells are in either, ``[n]``."""
+
+    group: int
+    a: np.ndarray
+    b: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What is found of a comparison, for each gene, ``[G]``.
+
+    Parameters
+    ----------
+    means
+        Expression of both sides, fractions of all.
+    change, error
+        The log2 fold change and its standard error.
+    mock
+        How many standard errors from 0 the mock log fold changes are, ``[n_mock, G]``.
+    """
+
+    means: tuple[np.ndarray, np.ndarray]
+    change: np.ndarray
+    error: np.ndarray
+    mock: np.ndarray
+
+
+class _OfCells:
+    """Sums over the cells of both sides of each comparison and of its mock comparisons, where cells are the unit."""
+
+    def __init__(
+        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], cells: Cells
+    ) -> None:
+        sets, self.slices = [], []
+        for each, splits in zip(comparisons, mock, strict=True):
+            start = sum(map(len, sets))
+            moved = np.zeros((len(splits), len(each.a)), dtype=bool)
+            moved[:, each.a | each.b] = splits
+            sets.append(np.concatenate([[each.a | each.b, each.a], moved]))
+            self.slices.append(slice(start, start + len(sets[-1])))
+        self.moments = Moments(torch.from_numpy(np.concatenate(sets)).to(cells.device), cells.n_genes)
+
+    def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
+        self.moments.add(rows, values)
+
+    def answer(self, i: int, pseudocount: float) -> _Answer:
+        own = self.slices[i]
+        of_all = [part[..., own, :] for part in (self.moments.first, self.moments.second)]
+        n = self.moments.n[own]
+        a = [part[:, 1:] for part in of_all]
+        b = [part[:, :1] - part[:, 1:] for part in of_all]
+        change, error = contrast((n[1:], n[0] - n[1:]), (a[0], b[0]), (a[1], b[1]), pseudocount)
+        means = mean_of(n[1], a[0][:, 0]), mean_of(n[0] - n[1], b[0][:, 0])
+        return _answer(means, change, error)
+
+
+class _OfSamples:
+    """Sums over the cells of each sample on both sides of each comparison, where samples are the unit."""
+
+    def __init__(
+        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], cells: Cells
+    ) -> None:
+        self.mock, device = mock, cells.device
+        self.sample = torch.from_numpy(drawn.sample).to(device)
+        n_samples = int(self.sample.max()) + 1
+        self.sides = torch.from_numpy(np.stack([[each.a, each.b] for each in comparisons])).to(device)
+        self.n = torch.stack([self.sample[side].bincount(minlength=n_samples) for side in self.sides.flatten(0, 1)])
+        self.n = self.n.view(len(comparisons), 2, n_samples)
+        self.sums = torch.zeros(
+            len(comparisons), 2, 3, n_samples, cells.n_genes, dtype=torch.float64, device=device
+        )
+
+    def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
+        for i, side in np.ndindex(*self.sides.shape[:2]):
+            own = self.sides[i, side, rows].nonzero().squeeze(1)
+            for total, value in zip(self.sums[i, side], values, strict=True):
+                total.index_add_(0, self.sample[rows[own]], value[own].double())
+
+    def answer(self, i: int, pseudocount: float) -> _Answer:
+        (n_a, n_b), (a, b) = self.n[i], self.sums[i]
+        found = [contrast_of_samples((n_a, n_b), (a, b), pseudocount)]
+        for swap in torch.from_numpy(self.mock[i]).to(a.device):
+            here = swap.unsqueeze(-1)
+            n = torch.where(swap, n_b, n_a), torch.where(swap, n_a, n_b)
+            found.append(contrast_of_samples(n, (torch.where(here, b, a), torch.where(here, a, b)), pseudocount))
+        change, error = map(torch.stack, zip(*found, strict=True))
+        return _answer((mean_of(n_a.sum(), a.sum(1)), mean_of(n_b.sum(), b.sum(1))), change, error)
+
+
+def _answer(means: tuple[Tensor, Tensor], change: Tensor, error: Tensor) -> _Answer:
+    """Return the first row as the comparison, the others as mock comparisons."""
+    a, b = (mean.cpu().numpy() for mean in means)
+    mock = (change[1:].abs() / error[1:]).cpu().numpy()
+    return _Answer((a, b), change[0].cpu().numpy(), error[0].cpu().numpy(), mock)
+
+
+def _table(
+    answer: _Answer, seen: np.ndarray, probability: np.ndarray, genes: Sequence[str], delta: float, rate: float
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """Return what is reported of a comparison, the highest score first, and how many genes each mock comparison calls.
+
+    Genes that no cell of either side has are NaN.
+    """
+    known = seen.any(0)
+    errors = np.sign(answer.change) * np.maximum(np.abs(answer.change) - delta, 0) / answer.error
+    mock = answer.mock[:, known]
+    width = np.quantile(mock, 1 - rate) * answer.error
+    p, adjusted = np.full((2, len(known)), np.nan)
+    p[known] = p_values(np.abs(errors[known]), mock)
+    adjusted[known] = false_discovery_control(p[known])
+    discoveries = [
+        (false_discovery_control(p_values(one, np.delete(mock, i, 0))) <= rate).sum() for i, one in enumerate(mock)
+    ]
+    columns = {
+        "scores": errors,
+        "logfoldchanges": answer.change,
+        "lfc_low": answer.change - width,
+        "lfc_high": answer.change + width,
+        "probability": probability,
+        "pvals": p,
+        "pvals_adj": adjusted,
+        "mean_group": answer.means[0],
+        "mean_reference": answer.means[1],
+    }
+    table = pd.DataFrame({name: np.where(known, column, np.nan) for name, column in columns.items()})
+    table = table.assign(names=list(genes), pct_nz_group=seen[0], pct_nz_reference=seen[1])
+    return table.sort_values(["scores", "logfoldchanges"], ascending=False, ignore_index=True), np.array(discoveries)
+
+
+def _of_part(model: Fitted, part: Batch, batches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return counts, expected counts and expression without the batch of some cells, each ``[n, G]``."""
+    program = model.program
+    (z,) = model._posterior(part, 1)
+    own = program.decode(z, part)
+    corrected = own
+    if batches:
+        corrected = torch.zeros_like(own)
+        for code in batches:
+            corrected += program.decode(z, _as_of(part, code, program.schema))
+        corrected /= len(batches)
+    return part.values, own * part.library_size.unsqueeze(-1), corrected
+
+
+def _probability(
+    expression: Tensor, drawn: _Drawn, comparisons: Sequence[_Comparison], against: int | None
+) -> Tensor:
+    """Return the probability that a cell of the group exceeds one of the others, ``[n_comparisons, G]``."""
+    device = expression.device
+    if against is None:
+        group, weight = torch.from_numpy(drawn.group).to(device), torch.from_numpy(drawn.weight).to(device)
+        return exceedance(expression, group, weight)[[each.group for each in comparisons]]
+    found = []
+    for each in comparisons:
+        both = np.flatnonzero(each.a | each.b)
+        is_b = torch.from_numpy(each.b[both].astype(np.int64)).to(device)
+        found.append(exceedance(expression[torch.from_numpy(both).to(device)], is_b, torch.ones_like(is_b))[0])
+    return torch.stack(found)
+
+
+def _groups(adata: AnnData, groupby: str, schema: Schema) -> tuple[np.ndarray, list[str]]:
+    """Return the code of each cell's group, ``[n_cells]``, and their names."""
+    if not isinstance(groupby, str):
+        raise TypeError(f"groupby is the name of a column of adata.obs, not {groupby!r}.")
+    of_batch = schema.batch_key if isinstance(schema.batch_key, tuple) else (schema.batch_key,)
+    column = column_of(adata, groupby)
+    if groupby in of_batch:
+        raise ValueError(
+            f"groupby={groupby!r} is the batch of the model, which takes out what differs between its categories. To "
+            "compare them, fit a model without it, scvae.fit(adata, batch_key=None)."
+        )
+    code, names = named(column, where_of(groupby))
+    if len(names) < 2:
+        raise ValueError(f"{where_of(groupby)} has the single category {names[0]!r}: there is nothing to compare.")
+    return code, names
+
+
+def _chosen(
+    sizes: np.ndarray, names: list[str], groupby: str, groups: str | Sequence[str], reference: str
+) -> tuple[list[int], int | None]:
+    """Return the codes of the groups that are compared, and that of the reference, None for all other cells."""
+    place = {name: i for i, name in enumerate(names)}
+    wanted = names if isinstance(groups, str) and groups == "all" else list(map(name_of, names_of("groups", groups)))
+    unknown = [name for name in [*wanted, name_of(reference)] if name not in place and name != "rest"]
+    if unknown:
+        raise ValueError(f"{where_of(groupby)} has no {some(unknown)}; it has {some(names)}.")
+    against = place.get(name_of(reference))
+    chosen = [place[name] for name in wanted if name in place and place[name] != against]
+    if not chosen:
+        raise ValueError(f"groups is {groups!r}, reference {reference!r}: name a group that differs from it.")
+    alone_in = [names[i] for i in [*chosen, *([] if against is None else [against])] if sizes[i] < 2]
+    if alone_in:
+        rest = [name for name in names if sizes[place[name]] > 1]
+        raise ValueError(
+            f"{where_of(groupby)} has a single cell of {some(alone_in)}, from which no variance can be told: name the "
+            f"other groups, groups={rest!r}."
+        )
+    return chosen, against
+
+
+def _draw(
+    adata: AnnData, schema: Schema, group: np.ndarray, sample_key: str | None, n_cells: int, rng: np.random.Generator
+) -> _Drawn:
+    """Draw at most `n_cells` of each group, of each batch and sample as many as is its share."""
+    batch, sample = np.zeros_like(group), None
+    if schema.batch_key is not None:
+        batch = pd.factorize(categories_of(adata, schema.batch_key))[0]
+    strata = [group, batch]
+    if sample_key is not None:
+        sample = named(column_of(adata, sample_key), where_of(sample_key))[0]
+        strata.append(sample)
+    stratum = np.unique(np.stack(strata), axis=1, return_inverse=True)[1].reshape(-1)
+    share = (_place(stratum, rng.random(len(group))) + rng.random(len(group))) / np.bincount(stratum)[stratum]
+    rows = np.flatnonzero(_place(group, share) < n_cells)
+    weight = np.bincount(group) / np.bincount(group[rows])
+    return _Drawn(rows, group[rows], batch[rows], None if sample is None else sample[rows], weight[group[rows]])
+
+
+def _place(code: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return the place of each cell among those of the same code, by a key, from 0, ``[n]``."""
+    order = np.lexsort((key, code))
+    place = np.empty(len(code), dtype=np.int64)
+    place[order] = np.arange(len(code)) - np.repeat(_starts(code), np.bincount(code))
+    return place
+
+
+def _starts(code: np.ndarray) -> np.ndarray:
+    sizes = np.bincount(code)
+    return sizes.cumsum() - sizes
+
+
+def _comparison(drawn: _Drawn, group: int, against: int | None, rng: np.random.Generator) -> _Comparison:
+    """Return a group beside another, or beside the rest: so many of each other group as is its share of the rest."""
+    a = drawn.group == group
+    if against is not None:
+        return _Comparison(group, a, drawn.group == against)
+    weight = drawn.weight / drawn.weight[~a].max()
+    return _Comparison(group, a, ~a & (rng.random(len(a)) < weight))
+
+
+def _mock(
+    drawn: _Drawn,
+    comparison: _Comparison,
+    n_mock: int,
+    rng: np.random.Generator,
+    names: list[str],
+    sample_key: str | None,
+) -> np.ndarray:
+    """Return mock comparisons: of cells, which are in the first group; of samples, which change sides."""
+    a, b = comparison.a, comparison.b
+    if drawn.sample is None:
+        return relabelled(a[a | b], drawn.batch[a | b], n_mock, rng)
+    n_samples = drawn.sample.max() + 1
+    has_a, has_b = (np.bincount(drawn.sample[side], minlength=n_samples) > 0 for side in (a, b))
+    found = swapped(has_a, has_b, n_mock, rng)
+    if not len(found):
+        raise ValueError(
+            f"adata.obs[{sample_key!r}] has {(has_a | has_b).sum()} samples in the comparison of "
+            f"{names[comparison.group]!r}, too few to split them in another way: at least three are wanted, or two if "
+            "both have cells in both groups. Leave sample_key out, and what differs may be the sample."
+        )
+    return found
+
+
+def _warn_of_confounding(
+    drawn: _Drawn, comparisons: Sequence[_Comparison], names: list[str], reference: str
+) -> None:
+    apart = [names[each.group] for each in comparisons if not np.isin(drawn.batch[each.a], drawn.batch[each.b]).any()]
+    if apart:
+        warnings.warn(
+            f"No batch has cells both of {some(apart)} and of {reference!r}: what differs between them and what "
+            "differs between their batches cannot be told apart.",
+            stacklevel=3,
+        )
+
+
+def _check_free(adata: AnnData, key: str) -> None:
+    """Check that there is nothing under a key, or what an earlier call or scanpy wrote there."""
+    record = adata.uns.get(key)
+    if record is not None and not (isinstance(record, Mapping) and "params" in record and "names" in record):
+        raise ValueError(
+            f"key_added={key!r} would overwrite adata.uns[{key!r}], which is no ranking of genes: choose another, or "
+            f"delete it first, del adata.uns[{key!r}]."
+        )

@@ -1,0 +1,237 @@
+r"""How much two groups of cells differ in expression, and how sure that is: the mathematics of differential expression.
+
+Of each cell are known its counts :math:`x`, ``[G]``, what a model expects of them, :math:`e`, and the expression that the
+model sees behind them when batches are taken out, :math:`r`. The expression of a group of cells is estimated by the
+*ratio estimator*
+
+.. math::
+    m = \bar r \, \frac{O + 1}{E + 1}, \qquad O = \sum_n x_n, \quad E = \sum_n e_n
+
+of survey statistics (Cochran 1977, Sampling Techniques, chapter 6): what a model says of all, times what was seen over
+what it expected. All sums are kept for :math:`d = x - e`, :math:`e` and :math:`r`, in this order, from which nothing
+large cancels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Moments", "contrast", "contrast_of_samples", "exceedance", "mean_of", "p_values", "relabelled", "swapped"]
+
+_PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of d, e and r, whose products are summed
+_GENES = 64  # ranked at a time
+
+
+class Moments:
+    """Sums of ``d``, ``e`` and ``r``, and of their products, over many sets of cells at once.
+
+    Parameters
+    ----------
+    sets
+        Which cells are in each set, ``[n_sets, n_cells]``, true or false.
+    n_genes
+        Number of genes, G.
+    """
+
+    def __init__(self, sets: Tensor, n_genes: int) -> None:
+        self.sets = sets
+        self.n = sets.sum(1)
+        self.first = torch.zeros(3, len(sets), n_genes, dtype=torch.float64, device=sets.device)
+        self.second = torch.zeros(6, len(sets), n_genes, dtype=torch.float64, device=sets.device)
+
+    def add(self, cells: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Add some cells: their places, ``[n]``, and their ``d``, ``e`` and ``r``, each ``[n, G]``."""
+        sets = self.sets[:, cells].to(values[0].dtype)
+        for total, value in zip(self.first, values, strict=True):
+            total += sets @ value
+        for total, (i, j) in zip(self.second, _PAIRS, strict=True):
+            total += sets @ (values[i] * values[j])
+
+
+def contrast(
+    n: tuple[Tensor, Tensor],
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    pseudocount: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the log2 fold change between two sets of cells, and its standard error, each ``[..., G]``.
+
+    Parameters
+    ----------
+    n
+        Number of cells of both, ``[...]``.
+    first, second
+        Their sums, ``[3, ..., G]`` and ``[6, ..., G]``, as of :class:`Moments`.
+    pseudocount
+        Added to the expression of both.
+    """
+    means, variances = [], []
+    for size, one, two in zip(n, first, second, strict=True):
+        size = size.unsqueeze(-1).to(one.dtype)
+        mean, weights = _mean(size, one)
+        total = sum(w * s for w, s in zip(weights, one, strict=True))
+        square = sum((1 if i == j else 2) * weights[i] * weights[j] * s for (i, j), s in zip(_PAIRS, two, strict=True))
+        variance = (square - total**2 / size) * size / (size - 1)
+        share = mean / (mean + pseudocount)
+        means.append(mean)
+        variances.append(share**2 * torch.maximum(variance, weights[0]))
+    change = ((means[0] + pseudocount) / (means[1] + pseudocount)).log2()
+    return change, (variances[0] + variances[1]).sqrt() / math.log(2)
+
+
+def contrast_of_samples(
+    n: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], pseudocount: float
+) -> tuple[Tensor, Tensor]:
+    """Return the log2 fold change between two sets of cells, and its standard error over samples, each ``[G]``.
+
+    Parameters
+    ----------
+    n
+        Number of cells of each sample in both, ``[n_samples]``; of a sample, either may be 0.
+    sums
+        The sums over the cells of each sample, ``[3, n_samples, G]``.
+    pseudocount
+        Added to the expression of both.
+    """
+    means, influence, least = [], [], []
+    for size, of_samples in zip(n, sums, strict=True):
+        size = size.unsqueeze(-1).to(of_samples.dtype)
+        one = of_samples.sum(1)
+        mean, weights = _mean(size.sum(0), one)
+        of_mean = sum(w * s for w, s in zip(weights, one, strict=True)) / size.sum(0)
+        share = mean / (mean + pseudocount)
+        of_each = sum(w * s for w, s in zip(weights, of_samples, strict=True)) - size * of_mean
+        means.append(mean)
+        influence.append(share * of_each)
+        least.append(share**2 * weights[0])
+    here = [size > 0 for size in n]
+    n_samples = int((here[0] | here[1]).sum())
+    n_free = max(1, n_samples - (1 if bool((here[0] == here[1]).all()) else 2))
+    variance = (influence[0] - influence[1]).square().sum(0) * n_samples / n_free
+    change = ((means[0] + pseudocount) / (means[1] + pseudocount)).log2()
+    return change, torch.maximum(variance, least[0] + least[1]).sqrt() / math.log(2)
+
+
+def mean_of(n: Tensor, first: Tensor) -> Tensor:
+    """Return the expression of a set of cells, ``[..., G]``, from their number and sums, ``[3, ..., G]``."""
+    return _mean(n.unsqueeze(-1).to(first.dtype), first)[0]
+
+
+def _mean(n: Tensor, first: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the expression, and how much its logarithm rises with each of ``d``, ``e`` and ``r``; all ``[..., G]``."""
+    d, e, r = first
+    r = r.clamp(min=torch.finfo(torch.float32).tiny)
+    of_counts, of_expected = 1 / (d + e + 1), 1 / (e + 1)
+    return r / n * of_expected / of_counts, (of_counts, of_counts - of_expected, 1 / r)
+
+
+def relabelled(a: np.ndarray, strata: np.ndarray, n_mock: int, rng: np.random.Generator) -> np.ndarray:
+    """Split cells at random into two groups of the same sizes as before, ``[n_mock, n]``.
+
+    Parameters
+    ----------
+    a
+        Which cells are in the first group, ``[n]``.
+    strata
+        Code of each cell's batch, ``[n]``. Where all have cells of both groups, so many as before of each are again in
+        the first group; otherwise cells of different batches change places.
+    n_mock
+        How many times.
+    rng
+        Random numbers.
+    """
+    has_a, has_b = (np.bincount(strata, side) > 0 for side in (a, ~a))
+    if (has_a != has_b).any():
+        strata = np.zeros_like(strata)
+    before = np.argsort(strata, kind="stable")
+    result = np.empty((n_mock, len(a)), dtype=bool)
+    for row in result:
+        row[np.argsort(strata + rng.random(len(a)))] = a[before]
+    return result
+
+
+def swapped(has_a: np.ndarray, has_b: np.ndarray, n_mock: int, rng: np.random.Generator) -> np.ndarray:
+    """Exchange the groups of samples at random: which samples' cells change sides, ``[at most n_mock, n_samples]``.
+
+    Of samples with cells in both groups, these change places or not; of the others as many as before are in either
+    group. No split is there twice, and the true one is not among them.
+
+    Parameters
+    ----------
+    has_a, has_b
+        Which samples have cells in either group, ``[n_samples]``.
+    n_mock
+        How many to look for.
+    rng
+        Random numbers.
+    """
+    both, single = has_a & has_b, np.flatnonzero(has_a ^ has_b)
+    found: dict[bytes, np.ndarray] = {}
+    side = has_a[single]
+    for _ in range(50 * n_mock):
+        swap = both & (rng.random(len(both)) < 0.5)
+        swap[single] = rng.permutation(side) != side
+        moved = swap[has_a | has_b]
+        if moved.any() and not moved.all():
+            mirror = moved if not moved[0] else ~moved
+            found.setdefault(mirror.tobytes(), swap)
+        if len(found) == n_mock:
+            break
+    return np.stack(list(found.values())) if found else np.zeros((0, len(both)), dtype=bool)
+
+
+def p_values(errors: np.ndarray, mock: np.ndarray) -> np.ndarray:
+    """Return the share of mock comparisons and genes that lie as many standard errors from 0.
+
+    Parameters
+    ----------
+    errors
+        Standard errors, from 0 on.
+    mock
+        Those of all mock comparisons, of any shape.
+
+    References
+    ----------
+    Phipson and Smyth (2010), Permutation p-values should never be zero, Stat. Appl. Genet. Mol. Biol. 9:39.
+    """
+    mock = np.sort(mock, axis=None)
+    n_beyond = len(mock) - np.searchsorted(mock, errors, side="left")
+    return (n_beyond + 1) / (len(mock) + 1)
+
+
+def exceedance(values: Tensor, group: Tensor, weight: Tensor) -> Tensor:
+    """Return the probability that a cell of a group has a larger value than one of the others, ``[n_groups, G]``.
+
+    Half of a tie counts. The cells are ranked once, gene by gene; the mean rank of a group, less that among its own
+    cells, half their number, is what exceeds the others: the statistic of Mann and Whitney (1947).
+
+    Parameters
+    ----------
+    values
+        ``[n, G]``.
+    group
+        Code of each cell's group, ``[n]``, from 0.
+    weight
+        How many cells each stands for, ``[n]``.
+    """
+    weight = weight.double()
+    members = torch.zeros(int(group.max()) + 1, len(group), dtype=torch.float64, device=values.device)
+    members[group, torch.arange(len(group), device=values.device)] = weight
+    size = members.sum(1, keepdim=True)
+    parts = []
+    for genes in values.split(_GENES, 1):
+        value, order = genes.T.contiguous().sort(1)
+        of_each = weight[order]
+        below = of_each.cumsum(1)
+        is_first = torch.ones_like(order, dtype=torch.bool)
+        is_first[:, 1:] = value[:, 1:] != value[:, :-1]
+        is_last = is_first.roll(-1, 1)  # the first is the one after the last
+        low = (below - of_each).masked_fill(~is_first, 0).cummax(1).values
+        high = below.masked_fill(~is_last, math.inf).flip(1).cummin(1).values.flip(1)
+        rank = torch.empty_like(below).scatter_(1, order, (low + high) / 2)
+        parts.append(members @ rank.T / size)
+    return (torch.cat(parts, 1) - size / 2) / (size.sum() - size)
