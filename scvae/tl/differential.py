@@ -84,11 +84,11 @@ def differential(
             expression[rows] = corrected
         seen = (n_seen / sides.sum(1, keepdim=True)).cpu().numpy()
         probability = _probability(expression, drawn, comparisons, against).cpu().numpy()
-        answers = [sums.answer(i, pseudocount) for i in range(len(comparisons))]
+        answers = [sums.answer(i, pseudocount, delta) for i in range(len(comparisons))]
 
     tables, n_mock_found = [], []
     for i, (each, answer) in enumerate(zip(comparisons, answers, strict=True)):
-        table, discoveries = _table(answer, seen[2 * i : 2 * i + 2], probability[i], schema.genes, delta, rate)
+        table, discoveries = _table(answer, seen[2 * i : 2 * i + 2], probability[i], schema.genes, rate)
         tables.append(table.assign(group=names[each.group], reference=reference))
         n_mock_found.append(discoveries.mean())
         if progress:
@@ -187,16 +187,19 @@ class _Answer:
     ----------
     means
         Expression of both sides, fractions of all.
-    change, error
-        The log2 fold change and its standard error.
-    mock
-        How many standard errors from 0 the mock log fold changes are, ``[n_mock, G]``.
+    change, error, score
+        The log2 fold change, its standard error and its score.
+    mock_errors, mock_scores
+        Of the mock comparisons, how many standard errors from 0 the log fold changes are, and the scores, without signs,
+        ``[n_mock, G]``.
     """
 
     means: tuple[np.ndarray, np.ndarray]
     change: np.ndarray
     error: np.ndarray
-    mock: np.ndarray
+    score: np.ndarray
+    mock_errors: np.ndarray
+    mock_scores: np.ndarray
 
 
 class _OfCells:
@@ -217,15 +220,17 @@ class _OfCells:
     def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
         self.moments.add(rows, values)
 
-    def answer(self, i: int, pseudocount: float) -> _Answer:
+    def answer(self, i: int, pseudocount: float, delta: float) -> _Answer:
         own = self.slices[i]
         of_all = [part[..., own, :] for part in (self.moments.first, self.moments.second)]
         n = self.moments.n[own]
         a = [part[:, 1:] for part in of_all]
         b = [part[:, :1] - part[:, 1:] for part in of_all]
-        change, error = contrast((n[1:], n[0] - n[1:]), (a[0], b[0]), (a[1], b[1]), pseudocount)
+        sizes = n[1:], n[0] - n[1:]
+        own = contrast((sizes[0][:1], sizes[1][:1]), (a[0][:, :1], b[0][:, :1]), (a[1][:, :1], b[1][:, :1]), pseudocount, delta)
+        mock = contrast(sizes, (a[0], b[0]), (a[1], b[1]), pseudocount)
         means = mean_of(n[1], a[0][:, 0]), mean_of(n[0] - n[1], b[0][:, 0])
-        return _answer(means, change, error)
+        return _answer(means, [part[0] for part in own], [part[1:] for part in mock])
 
 
 class _OfSamples:
@@ -250,43 +255,43 @@ class _OfSamples:
             for total, value in zip(self.sums[i, side], values, strict=True):
                 total.index_add_(0, self.sample[rows[own]], value[own].double())
 
-    def answer(self, i: int, pseudocount: float) -> _Answer:
+    def answer(self, i: int, pseudocount: float, delta: float) -> _Answer:
         (n_a, n_b), (a, b) = self.n[i], self.sums[i]
-        found = [contrast_of_samples((n_a, n_b), (a, b), pseudocount)]
+        own = contrast_of_samples((n_a, n_b), (a, b), pseudocount, delta)
+        mock = []
         for swap in torch.from_numpy(self.mock[i]).to(a.device):
             here = swap.unsqueeze(-1)
             n = torch.where(swap, n_b, n_a), torch.where(swap, n_a, n_b)
-            found.append(contrast_of_samples(n, (torch.where(here, b, a), torch.where(here, a, b)), pseudocount))
-        change, error = map(torch.stack, zip(*found, strict=True))
-        return _answer((mean_of(n_a.sum(), a.sum(1)), mean_of(n_b.sum(), b.sum(1))), change, error)
+            mock.append(contrast_of_samples(n, (torch.where(here, b, a), torch.where(here, a, b)), pseudocount))
+        means = mean_of(n_a.sum(), a.sum(1)), mean_of(n_b.sum(), b.sum(1))
+        return _answer(means, own, [torch.stack(part) for part in zip(*mock, strict=True)])
 
 
-def _answer(means: tuple[Tensor, Tensor], change: Tensor, error: Tensor) -> _Answer:
-    """Return the first row as the comparison, the others as mock comparisons."""
-    a, b = (mean.cpu().numpy() for mean in means)
-    mock = (change[1:].abs() / error[1:]).cpu().numpy()
-    return _Answer((a, b), change[0].cpu().numpy(), error[0].cpu().numpy(), mock)
+def _answer(means: Sequence[Tensor], own: Sequence[Tensor], mock: Sequence[Tensor]) -> _Answer:
+    change, error, score = mock
+    of_mock = (change / error).abs(), score.abs()
+    a, b, *found = (part.cpu().numpy() for part in (*means, *own, *of_mock))
+    return _Answer((a, b), *found)
 
 
 def _table(
-    answer: _Answer, seen: np.ndarray, probability: np.ndarray, genes: Sequence[str], delta: float, rate: float
+    answer: _Answer, seen: np.ndarray, probability: np.ndarray, genes: Sequence[str], rate: float
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Return what is reported of a comparison, the highest score first, and how many genes each mock comparison calls.
 
     Genes that no cell of either side has are NaN.
     """
     known = seen.any(0)
-    errors = np.sign(answer.change) * np.maximum(np.abs(answer.change) - delta, 0) / answer.error
-    mock = answer.mock[:, known]
-    width = np.quantile(mock, 1 - rate) * answer.error
+    mock = answer.mock_scores[:, known]
+    width = np.quantile(answer.mock_errors[:, known], 1 - rate) * answer.error
     p, adjusted = np.full((2, len(known)), np.nan)
-    p[known] = p_values(np.abs(errors[known]), mock)
+    p[known] = np.where(answer.score[known] == 0, 1.0, p_values(np.abs(answer.score[known]), mock))
     adjusted[known] = false_discovery_control(p[known])
     discoveries = [
         (false_discovery_control(p_values(one, np.delete(mock, i, 0))) <= rate).sum() for i, one in enumerate(mock)
     ]
     columns = {
-        "scores": errors,
+        "scores": answer.score,
         "logfoldchanges": answer.change,
         "lfc_low": answer.change - width,
         "lfc_high": answer.change + width,

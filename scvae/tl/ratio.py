@@ -15,6 +15,7 @@ large cancels.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -57,8 +58,13 @@ def contrast(
     first: tuple[Tensor, Tensor],
     second: tuple[Tensor, Tensor],
     pseudocount: float,
-) -> tuple[Tensor, Tensor]:
-    """Return the log2 fold change between two sets of cells, and its standard error, each ``[..., G]``.
+    delta: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log2 fold change between two sets of cells, its standard error, and its score, each ``[..., G]``.
+
+    The score tells how many standard errors the roots of both means lie apart, the lower one raised by `delta`: 0 where
+    the log fold change is within `delta`. On this scale, on which what counting adds to the variance is the same for
+    all means, it can be told from 0 with few counts too.
 
     Parameters
     ----------
@@ -68,25 +74,29 @@ def contrast(
         Their sums, ``[3, ..., G]`` and ``[6, ..., G]``, as of :class:`Moments`.
     pseudocount
         Added to the expression of both.
+    delta
+        The least log2 fold change that counts.
     """
-    means, variances = [], []
+    means, variances = [], []  # these of the logarithm of the mean
     for size, one, two in zip(n, first, second, strict=True):
         size = size.unsqueeze(-1).to(one.dtype)
         mean, weights = _mean(size, one)
         total = sum(w * s for w, s in zip(weights, one, strict=True))
         square = sum((1 if i == j else 2) * weights[i] * weights[j] * s for (i, j), s in zip(_PAIRS, two, strict=True))
         variance = (square - total**2 / size) * size / (size - 1)
-        share = mean / (mean + pseudocount)
         means.append(mean)
-        variances.append(share**2 * torch.maximum(variance, weights[0]))
-    change = ((means[0] + pseudocount) / (means[1] + pseudocount)).log2()
-    return change, (variances[0] + variances[1]).sqrt() / math.log(2)
+        variances.append(torch.maximum(variance, weights[0]))
+
+    def spread(a: Tensor, b: Tensor) -> Tensor:
+        return (a**2 * variances[0] + b**2 * variances[1]).sqrt()
+
+    return _contrast(means[0], means[1], spread, pseudocount, delta)
 
 
 def contrast_of_samples(
-    n: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], pseudocount: float
-) -> tuple[Tensor, Tensor]:
-    """Return the log2 fold change between two sets of cells, and its standard error over samples, each ``[G]``.
+    n: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], pseudocount: float, delta: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`contrast` does, with standard errors over samples, each ``[G]``.
 
     Parameters
     ----------
@@ -94,8 +104,8 @@ def contrast_of_samples(
         Number of cells of each sample in both, ``[n_samples]``; of a sample, either may be 0.
     sums
         The sums over the cells of each sample, ``[3, n_samples, G]``.
-    pseudocount
-        Added to the expression of both.
+    pseudocount, delta
+        As of :func:`contrast`.
     """
     means, influence, least = [], [], []
     for size, of_samples in zip(n, sums, strict=True):
@@ -103,17 +113,35 @@ def contrast_of_samples(
         one = of_samples.sum(1)
         mean, weights = _mean(size.sum(0), one)
         of_mean = sum(w * s for w, s in zip(weights, one, strict=True)) / size.sum(0)
-        share = mean / (mean + pseudocount)
-        of_each = sum(w * s for w, s in zip(weights, of_samples, strict=True)) - size * of_mean
         means.append(mean)
-        influence.append(share * of_each)
-        least.append(share**2 * weights[0])
+        influence.append(sum(w * s for w, s in zip(weights, of_samples, strict=True)) - size * of_mean)
+        least.append(weights[0])
     here = [size > 0 for size in n]
     n_samples = int((here[0] | here[1]).sum())
     n_free = max(1, n_samples - (1 if bool((here[0] == here[1]).all()) else 2))
-    variance = (influence[0] - influence[1]).square().sum(0) * n_samples / n_free
-    change = ((means[0] + pseudocount) / (means[1] + pseudocount)).log2()
-    return change, torch.maximum(variance, least[0] + least[1]).sqrt() / math.log(2)
+
+    def spread(a: Tensor, b: Tensor) -> Tensor:
+        variance = (a * influence[0] - b * influence[1]).square().sum(0) * n_samples / n_free
+        return torch.maximum(variance, a**2 * least[0] + b**2 * least[1]).sqrt()
+
+    return _contrast(means[0], means[1], spread, pseudocount, delta)
+
+
+def _contrast(
+    a: Tensor, b: Tensor, spread: Callable[[Tensor, Tensor], Tensor], pseudocount: float, delta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log2 fold change, standard error and score of two means.
+
+    ``spread(v, w)`` is the standard deviation of ``v log a - w log b``.
+    """
+    root_a, root_b = (a + pseudocount).sqrt(), (b + pseudocount).sqrt()
+    share_a, share_b = a / (a + pseudocount), b / (b + pseudocount)
+    change = 2 * (root_a / root_b).log2()
+    error = spread(share_a, share_b) / math.log(2)
+    up = torch.where(change < 0, 2.0 ** (delta / 2), 1.0)  # the lower mean is raised
+    down = 2.0 ** (delta / 2) / up
+    apart = (up * root_a - down * root_b) / spread(up * root_a * share_a / 2, down * root_b * share_b / 2)
+    return change, error, torch.where(change.abs() > delta, apart, 0.0)
 
 
 def mean_of(n: Tensor, first: Tensor) -> Tensor:
@@ -184,23 +212,26 @@ def swapped(has_a: np.ndarray, has_b: np.ndarray, n_mock: int, rng: np.random.Ge
     return np.stack(list(found.values())) if found else np.zeros((0, len(both)), dtype=bool)
 
 
-def p_values(errors: np.ndarray, mock: np.ndarray) -> np.ndarray:
-    """Return the share of mock comparisons and genes that lie as many standard errors from 0.
+def p_values(scores: np.ndarray, mock: np.ndarray) -> np.ndarray:
+    """Return the share of mock scores that are as large as each score, with one standard error on top, ``[n]``.
+
+    The standard error is that of the share over mock comparisons, as genes that vary together exceed a score together:
+    so that p-values are not too small where few mock comparisons, or uneven ones, tell little of the tail.
 
     Parameters
     ----------
-    errors
-        Standard errors, from 0 on.
+    scores
+        From 0 on, ``[n]``.
     mock
-        Those of all mock comparisons, of any shape.
+        Scores of mock comparisons, from 0 on, ``[n_mock, n_genes]``.
 
     References
     ----------
     Phipson and Smyth (2010), Permutation p-values should never be zero, Stat. Appl. Genet. Mol. Biol. 9:39.
     """
-    mock = np.sort(mock, axis=None)
-    n_beyond = len(mock) - np.searchsorted(mock, errors, side="left")
-    return (n_beyond + 1) / (len(mock) + 1)
+    n_beyond = np.stack([len(one) - np.searchsorted(np.sort(one), scores) for one in mock])
+    error = n_beyond.std(0, ddof=1) / len(mock) ** 0.5 / mock.shape[1] if len(mock) > 1 else 0.0
+    return np.minimum((n_beyond.sum(0) + 1) / (mock.size + 1) + error, 1.0)
 
 
 def exceedance(values: Tensor, group: Tensor, weight: Tensor) -> Tensor:

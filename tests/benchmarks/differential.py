@@ -170,13 +170,18 @@ def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
 
 
 def simulate(n: int, seed: int, n_genes: int = 1000, n_donors: int = 0) -> tuple[anndata.AnnData, np.ndarray]:
-    """Draw two groups of `n` cells each, and what was planted: log2 fold changes, ``[n_genes]``; of donors, none."""
+    """Draw two groups of `n` cells each, and what was planted: log2 fold changes, ``[n_genes]``; of donors, none.
+
+    Genes change in pairs of the same mean, one up as the other goes down: the fractions of all others stay the same.
+    """
     rng = np.random.default_rng(seed)
     log_mean = rng.normal(0, 1.5, n_genes)
     change = np.zeros(n_genes)
     if not n_donors:
-        genes = rng.choice(n_genes, n_genes // 20, replace=False)
-        change[genes] = rng.choice([-2, -1, 1, 2], len(genes))
+        up, down = rng.choice(n_genes, (2, n_genes // 40), replace=False)
+        log_mean[down] = log_mean[up]
+        change[up] = rng.choice([1, 2], len(up))
+        change[down] = -change[up]
     group = np.repeat([0, 1], n)
     log_rate = log_mean + np.log(2) * change * (group[:, None] - 0.5)
     obs = pd.DataFrame({"group": pd.Categorical(np.where(group, "a", "b"))}, index=[f"cell_{i}" for i in range(2 * n)])
