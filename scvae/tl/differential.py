@@ -23,7 +23,17 @@ from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import categories_of, column_of, some, where_of
 from scvae.fitted import Fitted, _as_of, _own
 from scvae.inference.progress import say
-from scvae.tl.ratio import Moments, contrast, contrast_of_samples, exceedance, mean_of, p_values, relabelled, swapped
+from scvae.tl.ratio import (
+    Moments,
+    contrast,
+    contrast_of_samples,
+    exceedance,
+    mean_of,
+    p_values,
+    powers,
+    relabelled,
+    swapped,
+)
 
 __all__ = ["differential"]
 
@@ -245,25 +255,23 @@ class _OfSamples:
         self.sides = torch.from_numpy(np.stack([[each.a, each.b] for each in comparisons])).to(device)
         self.n = torch.stack([self.sample[side].bincount(minlength=n_samples) for side in self.sides.flatten(0, 1)])
         self.n = self.n.view(len(comparisons), 2, n_samples)
-        self.sums = torch.zeros(
-            len(comparisons), 2, 3, n_samples, cells.n_genes, dtype=torch.float64, device=device
-        )
+        self.sums = torch.zeros(len(comparisons), 2, 9, n_samples, cells.n_genes, device=device)
 
     def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
-        for i, side in np.ndindex(*self.sides.shape[:2]):
-            own = self.sides[i, side, rows].nonzero().squeeze(1)
-            for total, value in zip(self.sums[i, side], values, strict=True):
-                total.index_add_(0, self.sample[rows[own]], value[own].double())
+        for power, value in enumerate(powers(values)):
+            for i, side in np.ndindex(*self.sides.shape[:2]):
+                own = self.sides[i, side, rows].nonzero().squeeze(1)
+                self.sums[i, side, power].index_add_(0, self.sample[rows[own]], value[own])
 
     def answer(self, i: int, pseudocount: float, delta: float) -> _Answer:
-        (n_a, n_b), (a, b) = self.n[i], self.sums[i]
-        own = contrast_of_samples((n_a, n_b), (a, b), pseudocount, delta)
+        (n_a, n_b), (a, b) = self.n[i], self.sums[i].double()
+        own = contrast_of_samples((n_a, n_b), (a[:3], b[:3]), (a[3:], b[3:]), pseudocount, delta)
         mock = []
         for swap in torch.from_numpy(self.mock[i]).to(a.device):
-            here = swap.unsqueeze(-1)
+            one, two = torch.where(swap.unsqueeze(-1), b, a), torch.where(swap.unsqueeze(-1), a, b)
             n = torch.where(swap, n_b, n_a), torch.where(swap, n_a, n_b)
-            mock.append(contrast_of_samples(n, (torch.where(here, b, a), torch.where(here, a, b)), pseudocount))
-        means = mean_of(n_a.sum(), a.sum(1)), mean_of(n_b.sum(), b.sum(1))
+            mock.append(contrast_of_samples(n, (one[:3], two[:3]), (one[3:], two[3:]), pseudocount))
+        means = mean_of(n_a.sum(), a[:3].sum(1)), mean_of(n_b.sum(), b[:3].sum(1))
         return _answer(means, own, [torch.stack(part) for part in zip(*mock, strict=True)])
 
 

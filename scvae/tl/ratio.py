@@ -15,13 +15,13 @@ large cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "contrast", "contrast_of_samples", "exceedance", "mean_of", "p_values", "relabelled", "swapped"]
+__all__ = ["Moments", "contrast", "contrast_of_samples", "exceedance", "mean_of", "p_values", "powers", "relabelled", "swapped"]
 
 _PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of d, e and r, whose products are summed
 _GENES = 64  # ranked at a time
@@ -47,10 +47,15 @@ class Moments:
     def add(self, cells: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
         """Add some cells: their places, ``[n]``, and their ``d``, ``e`` and ``r``, each ``[n, G]``."""
         sets = self.sets[:, cells].to(values[0].dtype)
-        for total, value in zip(self.first, values, strict=True):
+        for total, value in zip((*self.first, *self.second), powers(values), strict=True):
             total += sets @ value
-        for total, (i, j) in zip(self.second, _PAIRS, strict=True):
-            total += sets @ (values[i] * values[j])
+
+
+def powers(values: tuple[Tensor, Tensor, Tensor]) -> Iterator[Tensor]:
+    """Yield ``d``, ``e`` and ``r`` and their products, in the order of the sums, each ``[n, G]``."""
+    yield from values
+    for i, j in _PAIRS:
+        yield values[i] * values[j]
 
 
 def contrast(
@@ -81,8 +86,7 @@ def contrast(
     for size, one, two in zip(n, first, second, strict=True):
         size = size.unsqueeze(-1).to(one.dtype)
         mean, weights = _mean(size, one)
-        total = sum(w * s for w, s in zip(weights, one, strict=True))
-        square = sum((1 if i == j else 2) * weights[i] * weights[j] * s for (i, j), s in zip(_PAIRS, two, strict=True))
+        total, square = _weighted(weights, one, two)
         variance = (square - total**2 / size) * size / (size - 1)
         means.append(mean)
         variances.append(torch.maximum(variance, weights[0]))
@@ -94,37 +98,54 @@ def contrast(
 
 
 def contrast_of_samples(
-    n: tuple[Tensor, Tensor], sums: tuple[Tensor, Tensor], pseudocount: float, delta: float = 0.0
+    n: tuple[Tensor, Tensor],
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    pseudocount: float,
+    delta: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`contrast` does, with standard errors over samples, each ``[G]``.
+    """Return what :func:`contrast` does, with standard errors over samples and the cells in each, each ``[G]``.
+
+    The variance is that to which a bootstrap tends that draws samples, and then cells within them: the one over samples,
+    and the one over the cells within samples.
 
     Parameters
     ----------
     n
         Number of cells of each sample in both, ``[n_samples]``; of a sample, either may be 0.
-    sums
-        The sums over the cells of each sample, ``[3, n_samples, G]``.
+    first, second
+        The sums over the cells of each sample, ``[3, n_samples, G]`` and ``[6, n_samples, G]``.
     pseudocount, delta
         As of :func:`contrast`.
     """
-    means, influence, least = [], [], []
-    for size, of_samples in zip(n, sums, strict=True):
-        size = size.unsqueeze(-1).to(of_samples.dtype)
-        one = of_samples.sum(1)
-        mean, weights = _mean(size.sum(0), one)
-        of_mean = sum(w * s for w, s in zip(weights, one, strict=True)) / size.sum(0)
+    means, influence, within = [], [], []
+    for size, one, two in zip(n, first, second, strict=True):
+        size, total = size.unsqueeze(-1).to(one.dtype), one.sum(1)
+        mean, weights = _mean(size.sum(0), total)
+        of_each, square = _weighted(weights, one, two)
+        influence.append(of_each - size * of_each.sum(0) / size.sum(0))
+        within.append(torch.maximum((square - of_each**2 / size.clamp(min=1)).sum(0), weights[0]))
         means.append(mean)
-        influence.append(sum(w * s for w, s in zip(weights, of_samples, strict=True)) - size * of_mean)
-        least.append(weights[0])
     here = [size > 0 for size in n]
     n_samples = int((here[0] | here[1]).sum())
     n_free = max(1, n_samples - (1 if bool((here[0] == here[1]).all()) else 2))
 
     def spread(a: Tensor, b: Tensor) -> Tensor:
-        variance = (a * influence[0] - b * influence[1]).square().sum(0) * n_samples / n_free
-        return torch.maximum(variance, a**2 * least[0] + b**2 * least[1]).sqrt()
+        between = (a * influence[0] - b * influence[1]).square().sum(0) * n_samples / n_free
+        return (between + a**2 * within[0] + b**2 * within[1]).sqrt()
 
     return _contrast(means[0], means[1], spread, pseudocount, delta)
+
+
+def _weighted(weights: Sequence[Tensor], first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sums of a weighted sum of ``d``, ``e`` and ``r``, and of its square, each ``[..., G]``."""
+    total = torch.zeros_like(first[0])
+    for weight, one in zip(weights, first, strict=True):
+        total += weight * one
+    square = torch.zeros_like(first[0])
+    for (i, j), two in zip(_PAIRS, second, strict=True):
+        square += (1 if i == j else 2) * weights[i] * weights[j] * two
+    return total, square
 
 
 def _contrast(
