@@ -19,7 +19,7 @@ from scvae.boundary.keys import check_key
 from scvae.boundary.options import Range, names_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.categories import name_of, named
-from scvae.data.cells import Batch, Cells, Schema
+from scvae.data.cells import Batch, Schema
 from scvae.data.reading import categories_of, column_of, some, where_of
 from scvae.fitted import Fitted, _as_of, _own
 from scvae.inference.progress import say
@@ -82,16 +82,18 @@ def differential(
         _warn_of_confounding(drawn, comparisons, names, reference)
 
     with alone(seed, model.device):
-        cells = model._cells(adata[drawn.rows], unknown_batch=unknown_batch, missing_genes=missing_genes)
-        sums = (_OfCells if drawn.sample is None else _OfSamples)(drawn, comparisons, mock, cells)
-        expression = torch.empty(len(cells), cells.n_genes, device=model.device)
+        sums = (_OfCells if drawn.sample is None else _OfSamples)(drawn, comparisons, mock, len(schema.genes), model.device)
+        expression = torch.empty(len(drawn.rows), len(schema.genes), device=model.device)
         sides = torch.from_numpy(np.stack([side for each in comparisons for side in (each.a, each.b)])).to(model.device)
-        n_seen = torch.zeros(len(sides), cells.n_genes, device=model.device)
-        for rows, part in cells.minibatches(batch_size):
-            counts, expected, corrected = _of_part(model, part, batches)
-            sums.add(rows, (counts - expected, expected, corrected))
-            n_seen += sides[:, rows].float() @ (counts > 0).float()
-            expression[rows] = corrected
+        n_seen = torch.zeros(len(sides), len(schema.genes), device=model.device)
+        for start in range(0, len(drawn.rows), _BLOCK):
+            block = adata[drawn.rows[start : start + _BLOCK]]
+            cells = model._cells(block, unknown_batch=unknown_batch, missing_genes=missing_genes)
+            for rows, part in cells.minibatches(batch_size):
+                counts, expected, corrected = _of_part(model, part, batches)
+                sums.add(rows + start, (counts - expected, expected, corrected))
+                n_seen += sides[:, rows + start].float() @ (counts > 0).float()
+                expression[rows + start] = corrected
         seen = (n_seen / sides.sum(1, keepdim=True)).cpu().numpy()
         probability = _probability(expression, drawn, comparisons, against).cpu().numpy()
         answers = [sums.answer(i, pseudocount, delta) for i in range(len(comparisons))]
@@ -138,6 +140,8 @@ def differential(
         adata.uns[key_added] = record
     return pd.concat(tables, ignore_index=True)[["group", "reference", *_COLUMNS]]
 
+
+_BLOCK = 4096  # cells read at a time
 
 #: What scanpy has in ``.uns["rank_genes_groups"]``, with its types.
 _RECORDED = {"names": "O", "scores": "float32", "logfoldchanges": "float32", "pvals": "float64", "pvals_adj": "float64"}
@@ -216,7 +220,7 @@ class _OfCells:
     """Sums over the cells of both sides of each comparison and of its mock comparisons, where cells are the unit."""
 
     def __init__(
-        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], cells: Cells
+        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], n_genes: int, device: torch.device
     ) -> None:
         sets, self.slices = [], []
         for each, splits in zip(comparisons, mock, strict=True):
@@ -225,7 +229,7 @@ class _OfCells:
             moved[:, each.a | each.b] = splits
             sets.append(np.concatenate([[each.a | each.b, each.a], moved]))
             self.slices.append(slice(start, start + len(sets[-1])))
-        self.moments = Moments(torch.from_numpy(np.concatenate(sets)).to(cells.device), cells.n_genes)
+        self.moments = Moments(torch.from_numpy(np.concatenate(sets)).to(device), n_genes)
 
     def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
         self.moments.add(rows, values)
@@ -247,15 +251,15 @@ class _OfSamples:
     """Sums over the cells of each sample on both sides of each comparison, where samples are the unit."""
 
     def __init__(
-        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], cells: Cells
+        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], n_genes: int, device: torch.device
     ) -> None:
-        self.mock, device = mock, cells.device
+        self.mock = mock
         self.sample = torch.from_numpy(drawn.sample).to(device)
         n_samples = int(self.sample.max()) + 1
         self.sides = torch.from_numpy(np.stack([[each.a, each.b] for each in comparisons])).to(device)
         self.n = torch.stack([self.sample[side].bincount(minlength=n_samples) for side in self.sides.flatten(0, 1)])
         self.n = self.n.view(len(comparisons), 2, n_samples)
-        self.sums = torch.zeros(len(comparisons), 2, 9, n_samples, cells.n_genes, device=device)
+        self.sums = torch.zeros(len(comparisons), 2, 9, n_samples, n_genes, device=device)
 
     def add(self, rows: Tensor, values: tuple[Tensor, Tensor, Tensor]) -> None:
         for power, value in enumerate(powers(values)):

@@ -24,7 +24,7 @@ from torch import Tensor
 __all__ = ["Moments", "contrast", "contrast_of_samples", "exceedance", "mean_of", "p_values", "powers", "relabelled", "swapped"]
 
 _PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of d, e and r, whose products are summed
-_GENES = 64  # ranked at a time
+_GENES = 8  # ranked at a time
 
 
 class Moments:
@@ -274,9 +274,9 @@ def exceedance(values: Tensor, group: Tensor, weight: Tensor) -> Tensor:
     members = torch.zeros(int(group.max()) + 1, len(group), dtype=torch.float64, device=values.device)
     members[group, torch.arange(len(group), device=values.device)] = weight
     size = members.sum(1, keepdim=True)
-    parts = []
-    for genes in values.split(_GENES, 1):
-        value, order = genes.T.contiguous().sort(1)
+    mean_rank = torch.empty(len(size), values.shape[1], dtype=torch.float64, device=values.device)
+    for first in range(0, values.shape[1], _GENES):
+        value, order = values[:, first : first + _GENES].T.contiguous().sort(1)
         of_each = weight[order]
         below = of_each.cumsum(1)
         is_first = torch.ones_like(order, dtype=torch.bool)
@@ -285,5 +285,5 @@ def exceedance(values: Tensor, group: Tensor, weight: Tensor) -> Tensor:
         low = (below - of_each).masked_fill(~is_first, 0).cummax(1).values
         high = below.masked_fill(~is_last, math.inf).flip(1).cummin(1).values.flip(1)
         rank = torch.empty_like(below).scatter_(1, order, (low + high) / 2)
-        parts.append(members @ rank.T / size)
-    return (torch.cat(parts, 1) - size / 2) / (size.sum() - size)
+        mean_rank[:, first : first + _GENES] = members @ rank.T / size
+    return (mean_rank - size / 2) / (size.sum() - size)
