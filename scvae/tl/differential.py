@@ -59,6 +59,131 @@ def differential(
     missing_genes: str = "error",
     progress: bool = True,
 ) -> pd.DataFrame:
+    r"""Find the genes whose expression differs between groups of cells.
+
+    Some cells of each group are drawn, of each batch as many as is its share, and only these are decoded: one draw of
+    each cell's posterior, in its own batch and in all batches. With counts :math:`x`, totals :math:`L`, expression
+    :math:`\rho` in the cell's own batch and :math:`r`, the mean over all batches, the expression of a group is
+
+    .. math::
+        m = \bar r \, \frac{O + 1}{E + 1}, \qquad O = \sum_n x_n, \quad E = \sum_n L_n \rho_n
+
+    gene by gene: what the model makes of the cells without their batches, times what was counted over what the model
+    expected of the same cells. A decoder alone smooths, and shrinks what differs; sums of counts alone keep the effect
+    of the batches.
+
+    Two answers are given: how many times as much a group has of a gene, and how often a cell of it has more than one of
+    the others. What is called different is told by the first. A gene's score is the distance of the roots of both
+    means, in standard errors; its p-value is the share of such scores, over all genes, in *mock comparisons*: the same
+    cells split at random into groups of the same sizes, within batches where all of these have cells of both groups.
+    With a `sample_key`, whole samples change sides.
+
+    Parameters
+    ----------
+    model
+        A fitted model of counts.
+    adata
+        The cells, to which the result is written; after an error they are as they were.
+    groupby
+        Column of ``adata.obs`` that names the group of each cell.
+    groups
+        The groups to compare, or ``"all"``.
+    reference
+        What to compare them to: ``"rest"``, all other cells, or a group.
+    sample_key
+        Column of ``adata.obs`` that names the sample (donor, animal) of each cell. Cells of one sample are alike, and
+        are no repetitions of an experiment: where groups are conditions of several samples, name them here.
+    batch
+        Decode cells as if they were of this batch; of several, the mean. By default all that the model knows.
+    delta
+        The least log2 fold change that counts: p-values are those of exceeding it.
+    pseudocount
+        Added to the expression of both groups, a fraction of all counts of a cell over the genes of the model: in what
+        is reported, and in what is decided.
+    rate
+        False discovery rate at which the genes that mock comparisons call are counted; intervals hold with a
+        probability of 1 less this rate.
+    n_cells
+        Cells to draw of each group, at most.
+    n_mock
+        Mock comparisons, at most: few samples can be split in few ways only.
+    seed
+        Of the cells that are drawn, their posterior and the mock comparisons.
+    key_added
+        Key of ``adata.uns`` to write to.
+    batch_size
+        Cells that are computed at a time.
+    unknown_batch, missing_genes
+        As of :class:`~scvae.Fitted`.
+    progress
+        Whether to say, of each group, how many genes are called, and how many in the mock comparisons.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row a group and gene, group by group, the highest score first. Genes without a count in the cells of both
+        sides are NaN, and last.
+
+        ``group``, ``reference``, ``names``
+            What is compared, and the gene.
+        ``scores``
+            Positive where the group has more; 0 within `delta`.
+        ``logfoldchanges``, ``lfc_low``, ``lfc_high``
+            Log2 fold change of the means, and its interval: as many standard errors wide as hold so many mock changes.
+        ``probability``
+            That a cell of the group has more than one of the others, in expression without batches and without the
+            noise of counting; half of a tie counts.
+        ``pvals``, ``pvals_adj``
+            p-values, and these adjusted by Benjamini and Hochberg.
+        ``mean_group``, ``mean_reference``
+            The means, as fractions of all counts.
+        ``pct_nz_group``, ``pct_nz_reference``
+            Fractions of the cells with a count.
+
+        To the AnnData is written, and nothing else, ``.uns[key_added]``, as :func:`scanpy.tl.rank_genes_groups` has it,
+        so that :func:`scanpy.get.rank_genes_groups_df` and scanpy's figures take it; ``params["mock_discoveries"]``
+        holds how many genes the mock comparisons of each group call on average.
+
+    Raises
+    ------
+    KeyError
+        If a column is missing.
+    ValueError
+        If the model is not one of counts; if a group does not occur, or has a single cell; if `groupby` is a batch of
+        the model, or is missing in some cells; if there are too few samples; or if an option is out of its range.
+    TypeError
+        If `adata` is not an AnnData, or `groupby` not a name.
+
+    Warns
+    -----
+    UserWarning
+        If no batch has cells of both sides.
+
+    Notes
+    -----
+    The variance of the mean is that of each cell's influence on it (the infinitesimal jackknife), to which that of a
+    bootstrap over cells tends; with samples, that of a bootstrap over samples and the cells within. It is at least what
+    counting alone would give.
+
+    Clusters that were found in the same cells differ by the way in which they were found: p-values then say how
+    clearly, not whether.
+
+    References ---------- Cochran (1977), Sampling Techniques, chapter 6 (ratio estimator); Efron (1982), The Jackknife,
+    the Bootstrap and Other Resampling Plans, chapter 6; Tusher, Tibshirani and Chu (2001), PNAS 98:5116 (mock
+    comparisons over all genes); Janssen (1997), Stat. Probab. Lett. 36:9 (why scores, not means, are compared); Squair
+    et al. (2021), Nature Communications 12:5692 (samples).
+
+    Examples
+    --------
+    >>> import scvae.tl
+    >>> adata = scvae.datasets.simulated_batches(n_cells=300, n_genes=60, n_types=3, seed=0)
+    >>> model = scvae.fit(adata, batch_key="batch", max_epochs=5, progress=False)
+    >>> table = scvae.tl.differential(model, adata, "cell_type", progress=False)
+    >>> table.groupby("group", observed=True).size().to_dict()
+    {'type_0': 60, 'type_1': 60, 'type_2': 60}
+    >>> list(adata.uns["rank_genes_groups"]["names"].dtype.names)
+    ['type_0', 'type_1', 'type_2']
+    """
     check_anndata(adata, to_write=True)
     schema = model.program.schema
     if schema.kind != "counts" or schema.image_key is not None:
@@ -82,7 +207,9 @@ def differential(
         _warn_of_confounding(drawn, comparisons, names, reference)
 
     with alone(seed, model.device):
-        sums = (_OfCells if drawn.sample is None else _OfSamples)(drawn, comparisons, mock, len(schema.genes), model.device)
+        sums = (_OfCells if drawn.sample is None else _OfSamples)(
+            drawn, comparisons, mock, len(schema.genes), model.device
+        )
         expression = torch.empty(len(drawn.rows), len(schema.genes), device=model.device)
         sides = torch.from_numpy(np.stack([side for each in comparisons for side in (each.a, each.b)])).to(model.device)
         n_seen = torch.zeros(len(sides), len(schema.genes), device=model.device)
@@ -110,32 +237,23 @@ def differential(
                 f"{discoveries.mean():.1f} on average, {discoveries.max():,} at most"
             )
 
-    record: dict[str, Any] = {
-        "params": {
-            "groupby": groupby,
-            "reference": reference,
-            "method": "scvae",
-            "use_raw": False,
-            "corr_method": "benjamini-hochberg",
-            "delta": delta,
-            "pseudocount": pseudocount,
-            "rate": rate,
-            "n_cells": n_cells,
-            "n_mock": n_mock,
-            "seed": seed,
-            "mock_discoveries": np.array(n_mock_found),
-        }
+    params: dict[str, Any] = {
+        "groupby": groupby,
+        "reference": reference,
+        "method": "scvae",
+        "use_raw": False,
+        "corr_method": "benjamini-hochberg",
+        "delta": delta,
+        "pseudocount": pseudocount,
+        "rate": rate,
+        "n_cells": n_cells,
+        "n_mock": n_mock,
+        "seed": seed,
+        "mock_discoveries": np.array(n_mock_found),
     }
     given = {"layer": schema.layer, "sample_key": sample_key}
-    record["params"] |= {name: value for name, value in given.items() if value is not None}
-    of_group = {names[each.group]: table for each, table in zip(comparisons, tables, strict=True)}
-    for column, dtype in _RECORDED.items():
-        frame = pd.DataFrame({name: table[column].to_numpy() for name, table in of_group.items()})
-        record[column] = frame.to_records(index=False, column_dtypes=dict.fromkeys(of_group, dtype))
-    if not any("/" in name for name in of_group):  # which a file takes for a folder
-        for key, column in (("pts", "pct_nz_group"), ("pts_rest", "pct_nz_reference")):
-            by_gene = {name: table.set_index("names")[column] for name, table in of_group.items()}
-            record[key] = pd.DataFrame(by_gene).reindex(list(schema.genes)).rename_axis(None)
+    params |= {name: value for name, value in given.items() if value is not None}  # a file holds no None
+    record = _record(params, dict(zip([names[each.group] for each in comparisons], tables, strict=True)), schema.genes)
     with _own(adata):
         adata.uns[key_added] = record
     return pd.concat(tables, ignore_index=True)[["group", "reference", *_COLUMNS]]
@@ -159,6 +277,19 @@ _COLUMNS = (
     "pct_nz_group",
     "pct_nz_reference",
 )
+
+
+def _record(params: dict[str, Any], tables: Mapping[str, pd.DataFrame], genes: Sequence[str]) -> dict[str, Any]:
+    """Return tables by group as scanpy keeps them."""
+    record: dict[str, Any] = {"params": params}
+    for column, dtype in _RECORDED.items():
+        frame = pd.DataFrame({name: table[column].to_numpy() for name, table in tables.items()})
+        record[column] = frame.to_records(index=False, column_dtypes=dict.fromkeys(tables, dtype))
+    if not any("/" in name for name in tables):  # which a file takes for a folder
+        for key, column in (("pts", "pct_nz_group"), ("pts_rest", "pct_nz_reference")):
+            by_gene = {name: table.set_index("names")[column] for name, table in tables.items()}
+            record[key] = pd.DataFrame(by_gene).reindex(list(genes)).rename_axis(None)
+    return record
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +335,8 @@ class _Answer:
     change, error, score
         The log2 fold change, its standard error and its score.
     mock_errors, mock_scores
-        Of the mock comparisons, how many standard errors from 0 the log fold changes are, and the scores, without signs,
-        ``[n_mock, G]``.
+        Of the mock comparisons, how many standard errors from 0 the log fold changes are, and the scores, without
+        signs, ``[n_mock, G]``.
     """
 
     means: tuple[np.ndarray, np.ndarray]
@@ -220,11 +351,17 @@ class _OfCells:
     """Sums over the cells of both sides of each comparison and of its mock comparisons, where cells are the unit."""
 
     def __init__(
-        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], n_genes: int, device: torch.device
+        self,
+        drawn: _Drawn,
+        comparisons: Sequence[_Comparison],
+        mock: Sequence[np.ndarray],
+        n_genes: int,
+        device: torch.device,
     ) -> None:
-        sets, self.slices = [], []
+        sets: list[np.ndarray] = []
+        self.slices: list[slice] = []
         for each, splits in zip(comparisons, mock, strict=True):
-            start = sum(map(len, sets))
+            start = sum(len(one) for one in sets)
             moved = np.zeros((len(splits), len(each.a)), dtype=bool)
             moved[:, each.a | each.b] = splits
             sets.append(np.concatenate([[each.a | each.b, each.a], moved]))
@@ -235,23 +372,29 @@ class _OfCells:
         self.moments.add(rows, values)
 
     def answer(self, i: int, pseudocount: float, delta: float) -> _Answer:
-        own = self.slices[i]
-        of_all = [part[..., own, :] for part in (self.moments.first, self.moments.second)]
-        n = self.moments.n[own]
+        place = self.slices[i]
+        of_all = [part[..., place, :] for part in (self.moments.first, self.moments.second)]
+        n = self.moments.n[place]
         a = [part[:, 1:] for part in of_all]
         b = [part[:, :1] - part[:, 1:] for part in of_all]
         sizes = n[1:], n[0] - n[1:]
-        own = contrast((sizes[0][:1], sizes[1][:1]), (a[0][:, :1], b[0][:, :1]), (a[1][:, :1], b[1][:, :1]), pseudocount, delta)
         mock = contrast(sizes, (a[0], b[0]), (a[1], b[1]), pseudocount)
-        means = mean_of(n[1], a[0][:, 0]), mean_of(n[0] - n[1], b[0][:, 0])
-        return _answer(means, [part[0] for part in own], [part[1:] for part in mock])
+        sizes, a, b = (sizes[0][0], sizes[1][0]), [part[:, 0] for part in a], [part[:, 0] for part in b]
+        own = contrast(sizes, (a[0], b[0]), (a[1], b[1]), pseudocount, delta)
+        means = mean_of(sizes[0], a[0]), mean_of(sizes[1], b[0])
+        return _answer(means, own, [part[1:] for part in mock])
 
 
 class _OfSamples:
     """Sums over the cells of each sample on both sides of each comparison, where samples are the unit."""
 
     def __init__(
-        self, drawn: _Drawn, comparisons: Sequence[_Comparison], mock: Sequence[np.ndarray], n_genes: int, device: torch.device
+        self,
+        drawn: _Drawn,
+        comparisons: Sequence[_Comparison],
+        mock: Sequence[np.ndarray],
+        n_genes: int,
+        device: torch.device,
     ) -> None:
         self.mock = mock
         self.sample = torch.from_numpy(drawn.sample).to(device)
@@ -293,7 +436,7 @@ def _table(
 
     Genes that no cell of either side has are NaN.
     """
-    known = seen.any(0)
+    known = np.asarray(seen.any(0))
     mock = answer.mock_scores[:, known]
     width = np.quantile(answer.mock_errors[:, known], 1 - rate) * answer.error
     p, adjusted = np.full((2, len(known)), np.nan)
@@ -332,9 +475,7 @@ def _of_part(model: Fitted, part: Batch, batches: Sequence[int]) -> tuple[Tensor
     return part.values, own * part.library_size.unsqueeze(-1), corrected
 
 
-def _probability(
-    expression: Tensor, drawn: _Drawn, comparisons: Sequence[_Comparison], against: int | None
-) -> Tensor:
+def _probability(expression: Tensor, drawn: _Drawn, comparisons: Sequence[_Comparison], against: int | None) -> Tensor:
     """Return the probability that a cell of the group exceeds one of the others, ``[n_comparisons, G]``."""
     device = expression.device
     if against is None:
@@ -371,11 +512,13 @@ def _chosen(
     """Return the codes of the groups that are compared, and that of the reference, None for all other cells."""
     place = {name: i for i, name in enumerate(names)}
     wanted = names if isinstance(groups, str) and groups == "all" else list(map(name_of, names_of("groups", groups)))
-    unknown = [name for name in [*wanted, name_of(reference)] if name not in place and name != "rest"]
+    unknown = [name for name in wanted if name not in place]
+    if reference != "rest" and name_of(reference) not in place:
+        unknown.append(name_of(reference))
     if unknown:
         raise ValueError(f"{where_of(groupby)} has no {some(unknown)}; it has {some(names)}.")
     against = place.get(name_of(reference))
-    chosen = [place[name] for name in wanted if name in place and place[name] != against]
+    chosen = [place[name] for name in wanted if place[name] != against]
     if not chosen:
         raise ValueError(f"groups is {groups!r}, reference {reference!r}: name a group that differs from it.")
     alone_in = [names[i] for i in [*chosen, *([] if against is None else [against])] if sizes[i] < 2]
@@ -452,9 +595,7 @@ def _mock(
     return found
 
 
-def _warn_of_confounding(
-    drawn: _Drawn, comparisons: Sequence[_Comparison], names: list[str], reference: str
-) -> None:
+def _warn_of_confounding(drawn: _Drawn, comparisons: Sequence[_Comparison], names: list[str], reference: str) -> None:
     apart = [names[each.group] for each in comparisons if not np.isin(drawn.batch[each.a], drawn.batch[each.b]).any()]
     if apart:
         warnings.warn(

@@ -1,7 +1,7 @@
 r"""How much two groups of cells differ in expression, and how sure that is: the mathematics of differential expression.
 
-Of each cell are known its counts :math:`x`, ``[G]``, what a model expects of them, :math:`e`, and the expression that the
-model sees behind them when batches are taken out, :math:`r`. The expression of a group of cells is estimated by the
+Of each cell are known its counts :math:`x`, ``[G]``, what a model expects of them, :math:`e`, and the expression that
+the model sees behind them when batches are taken out, :math:`r`. The expression of a group of cells is estimated by the
 *ratio estimator*
 
 .. math::
@@ -21,7 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "contrast", "contrast_of_samples", "exceedance", "mean_of", "p_values", "powers", "relabelled", "swapped"]
+__all__ = [
+    "Moments",
+    "contrast",
+    "contrast_of_samples",
+    "exceedance",
+    "mean_of",
+    "p_values",
+    "powers",
+    "relabelled",
+    "swapped",
+]
 
 _PAIRS = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))  # of d, e and r, whose products are summed
 _GENES = 8  # ranked at a time
@@ -106,8 +116,8 @@ def contrast_of_samples(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what :func:`contrast` does, with standard errors over samples and the cells in each, each ``[G]``.
 
-    The variance is that to which a bootstrap tends that draws samples, and then cells within them: the one over samples,
-    and the one over the cells within samples.
+    The variance is that to which a bootstrap tends that draws samples, and then cells within them: the one over
+    samples, and the one over the cells within samples.
 
     Parameters
     ----------

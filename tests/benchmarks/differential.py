@@ -1,18 +1,18 @@
-"""Differential expression against bulk truth, nulls and planted changes: ``python tests/benchmarks/differential.py FOLDER``.
+"""Differential expression beside truth that is known: ``python tests/benchmarks/differential.py FOLDER``.
 
-FOLDER holds ``cell_lines.h5ad``, ``pbmc_3tech.h5ad`` and ``cell_lines_bulk.csv.gz`` (counts of two bulk libraries of each
-line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differential.json``, part by part:
+FOLDER holds ``cell_lines.h5ad``, ``pbmc_3tech.h5ad`` and ``cell_lines_bulk.csv.gz`` (counts of two bulk libraries of
+each line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differential.json``, part by part:
 
 - ``bulk``: of all ten pairs of lines, Spearman correlation of the log fold change with that of bulk (log2 of counts per
   million + 1) over the genes of the model, and precision among the 100 strongest (bulk at least 1, same sign).
-- ``null``: random halves of one cell line and one blood type: shares of the genes with a p-value up to 0.05, and called at
-  that false discovery rate, beside Wilcoxon's.
+- ``null``: random halves of one cell line and one blood type: shares of the genes with a p-value up to 0.05, and called
+  at that false discovery rate, beside Wilcoxon's.
 - ``planted``: binomial thinning of chosen genes in one half of a cell type: slope of the estimated on the planted log
   fold changes, and precision among the 100 strongest, beside sums of counts (pseudobulk).
 - ``power``: negative binomial counts, 5 % of the genes changed by a log2 of 1 or 2 up or down: recall and false
   discovery rate at 0.05, beside Wilcoxon's.
-- ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without sample_key,
-  beside Wilcoxon's.
+- ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without
+  sample_key, beside Wilcoxon's.
 - ``cost``: 100,000 cells, 20 groups, 10 batches: seconds, and memory above the data.
 """
 
@@ -251,7 +251,9 @@ def cost(folder: Path, seeds: list[int], n_genes: int = 2000) -> list[dict[str, 
         scvae.fit(adata, batch_key="batch", max_epochs=1, progress=False).save(f"{place}/model")
         adata.write_h5ad(f"{place}/cells.h5ad")
         del adata
-        done = subprocess.run([sys.executable, __file__, place, "--measure"], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, place, "--measure"], capture_output=True, text=True, check=True
+        )
     result = json.loads(done.stdout)
     print(result, flush=True)
     return [result]
@@ -291,7 +293,11 @@ def halves(cells: anndata.AnnData, seed: int) -> None:
 def rates(table: pd.DataFrame) -> dict[str, float]:
     """Return the shares of the genes with small p-values and called, and the number called."""
     called = table["pvals_adj"] <= RATE
-    return {"small_p": float((table["pvals"] <= RATE).mean()), "share": float(called.mean()), "called": int(called.sum())}
+    return {
+        "small_p": float((table["pvals"] <= RATE).mean()),
+        "share": float(called.mean()),
+        "called": int(called.sum()),
+    }
 
 
 def show(results: list[dict[str, Any]], by: list[str]) -> None:
