@@ -43,8 +43,7 @@ def volcano(
     rate
         False discovery rate up to which genes are coloured: red where the group has more, blue where it has less.
     n_names
-        Genes to name on either side, at most, those with the highest scores first; names that would cover one another
-        are left out.
+        Genes to name on either side, those with the highest scores; names that would cover others are left out.
     ax
         Where to draw; by default a new figure.
 
@@ -87,9 +86,11 @@ def volcano(
     ax.set_ylabel("score (standard errors)")
     ax.set_title(title)
     ax.spines[["top", "right"]].set_visible(False)
-    drawn: list[Annotation] = []
+    names: list[Annotation] = []
     for each in ("up", "down"):
-        _name(ax, genes[kind == each].sort_values("scores", key=np.abs, ascending=False), each == "up", n_names, drawn)
+        first = genes[kind == each].sort_values("scores", key=np.abs, ascending=False).head(n_names)
+        names += [_name(ax, *row) for row in first[["names", "logfoldchanges", "scores"]].itertuples(index=False)]
+    _make_room(ax, names)
     return ax
 
 
@@ -121,24 +122,28 @@ def _one(groups: list[str], group: str | None) -> str:
     return group
 
 
-def _name(ax: Axes, genes: pd.DataFrame, to_right: bool, n_names: int, drawn: list[Annotation]) -> None:
-    """Name the first genes whose names do not cover others."""
-    left = n_names
-    for name, x, y in genes[["names", "logfoldchanges", "scores"]].head(4 * n_names).itertuples(index=False):
-        if not left:
-            return
-        text = ax.annotate(
-            str(name),
-            (x, abs(y)),
-            xytext=(4 if to_right else -4, 0),
-            textcoords="offset points",
-            ha="left" if to_right else "right",
-            va="center",
-            fontsize=8,
-        )
-        box = text.get_window_extent()
-        if any(box.overlaps(other.get_window_extent()) for other in drawn):
-            text.remove()
+def _name(ax: Axes, name: str, x: float, y: float) -> Annotation:
+    side = 1 if x > 0 else -1
+    return ax.annotate(
+        str(name),
+        (x, abs(y)),
+        xytext=(4 * side, 0),
+        textcoords="offset points",
+        ha="left" if x > 0 else "right",
+        va="center",
+        fontsize=8,
+    )
+
+
+def _make_room(ax: Axes, names: list[Annotation]) -> None:
+    """Widen the axes until the names lie within them, and leave out those that cover one before."""
+    for _ in range(4):  # names keep their size as the axes widen
+        boxes = [name.get_window_extent().transformed(ax.transData.inverted()) for name in names]
+        low, high = ax.get_xlim()
+        ax.set_xlim(min([low, *(box.x0 for box in boxes)]), max([high, *(box.x1 for box in boxes)]))
+    kept: list[Annotation] = []
+    for name in names:
+        if any(name.get_window_extent().overlaps(other.get_window_extent()) for other in kept):
+            name.remove()
         else:
-            drawn.append(text)
-            left -= 1
+            kept.append(name)

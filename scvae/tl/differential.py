@@ -221,7 +221,7 @@ def differential(
                 sums.add(rows + start, (counts - expected, expected, corrected))
                 n_seen += sides[:, rows + start].float() @ (counts > 0).float()
                 expression[rows + start] = corrected
-        seen = (n_seen / sides.sum(1, keepdim=True)).cpu().numpy()
+        seen = (n_seen.double() / sides.sum(1, keepdim=True)).cpu().numpy()
         probability = _probability(expression, drawn, comparisons, against).cpu().numpy()
         answers = [sums.answer(i, pseudocount, delta) for i in range(len(comparisons))]
 

@@ -1,5 +1,7 @@
 """Differential expression: what was planted is found, and nothing where there is nothing; scanpy takes the result."""
 
+import sys
+
 import anndata
 import matplotlib
 import numpy as np
@@ -13,6 +15,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 import scvae
+import scvae.__main__ as command_line
 from scvae.tl import differential
 
 PLANTED = {3: 2.0, 7: -2.0, 11: 1.5, 15: -1.5}
@@ -373,6 +376,8 @@ def test_volcano_draws_the_table_and_names_what_differs(fitted, cells):
     assert names <= set(table.loc[table["pvals_adj"] <= 0.05, "names"])
     boxes = [text.get_window_extent() for text in ax.texts]
     assert not any(one.overlaps(two) for i, one in enumerate(boxes) for two in boxes[:i])
+    within = ax.get_window_extent()
+    assert all(within.x0 - 2 <= box.x0 and box.x1 <= within.x1 + 2 for box in boxes)
     assert not scvae.pl.volcano(table, n_names=0).texts
 
 
@@ -393,3 +398,66 @@ def test_volcano_takes_scanpys_own_table(cells):
     sc.tl.rank_genes_groups(cells, "group", method="wilcoxon")
     assert len(scvae.pl.volcano(sc.get.rank_genes_groups_df(cells, "treated")).collections) == 3
     assert torch.is_grad_enabled()
+
+
+# ---- The command line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, cells, fitted):
+    """Run ``scvae differential`` in a folder with the cells and the model; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    cells.write_h5ad("cells.h5ad")
+    fitted.save("model")
+
+    def run(*arguments):
+        given = ["scvae", "differential", "cells.h5ad", "--model", "model", "--device", "cpu", *arguments]
+        monkeypatch.setattr(sys, "argv", list(map(str, given)))
+        with pytest.raises(SystemExit) as exit:
+            command_line.main()
+        out, err = capsys.readouterr()
+        code = exit.value.code
+        return (1, out, err + code) if isinstance(code, str) else (code or 0, out, err)
+
+    return run
+
+
+def test_the_command_writes_what_the_function_writes(run, fitted, cells, tmp_path):
+    code, out, err = run(
+        "--groupby", "group", "--groups", "treated", "--reference", "control", "--sample-key", "kind", "--batch", "one",
+        "--delta", 0.2, "--pseudocount", 1e-4, "--rate", 0.1, "--n-cells", 90, "--n-mock", 5, "--seed", 3,
+        "--key-added", "mine", "--table", "t.csv", "--output", "out.h5ad", "--figure", "f.png",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "scvae: treated / control: " in err
+    assert out.endswith("table: t.csv\nranking: out.h5ad\nfigure: f.png\n")
+    expected = differential(
+        fitted, cells, "group", groups=["treated"], reference="control", sample_key="kind", batch="one", delta=0.2,
+        pseudocount=1e-4, rate=0.1, n_cells=90, n_mock=5, seed=3, key_added="mine", progress=False,
+    )  # fmt: skip
+    written = pd.read_csv("t.csv").astype({"names": str})
+    pd.testing.assert_frame_equal(written, expected, rtol=1e-6)
+    params = anndata.read_h5ad("out.h5ad").uns["mine"]["params"]
+    assert {name: params[name] for name in ("seed", "sample_key", "n_mock")} == {
+        "seed": 3, "sample_key": "kind", "n_mock": 5
+    }  # fmt: skip
+    assert (tmp_path / "f.png").stat().st_size > 1000
+
+
+def test_the_command_says_the_first_genes_and_is_quiet_where_something_is_written(run):
+    code, out, _ = run("--groupby", "kind")
+    assert code == 0
+    assert len(out.splitlines()) == 1 + 3 * 5
+    assert run("--groupby", "kind", "--table", "t.csv", "--quiet") == (0, "", "")
+
+
+def test_the_command_refuses_before_it_works(run, monkeypatch, tmp_path):
+    code, _, err = run("--groupby", "nothing", "--table", "t.csv")
+    assert (code, "adata.obs has no column 'nothing'" in err) == (1, True)
+    monkeypatch.setattr(scvae, "load", lambda *_, **__: pytest.fail("it worked before it refused"))
+    code, _, err = run("--groupby", "kind", "--figure", "f.png")
+    assert (code, "--figure draws the genes of one group: name it" in err) == (1, True)
+    code, _, err = run("--groupby", "kind", "--key-added", "a/b")
+    assert (code, "--key-added is 'a/b', which a file cannot hold" in err) == (1, True)
+    assert run("--table", "t.csv")[0] == 2
+    assert not (tmp_path / "t.csv").exists()
