@@ -16,7 +16,7 @@ from torch import Tensor
 
 from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_key
-from scvae.boundary.options import Range, names_of, real, seed_of, whole
+from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.categories import name_of, named
 from scvae.data.cells import Batch, Schema
@@ -152,7 +152,7 @@ def differential(
         If the model is not one of counts; if a group does not occur, or has a single cell; if `groupby` is a batch of
         the model, or is missing in some cells; if there are too few samples; or if an option is out of its range.
     TypeError
-        If `adata` is not an AnnData, or `groupby` not a name.
+        If `adata` is not an AnnData, `model` not a fitted model, or `groupby` not a name.
 
     Warns
     -----
@@ -185,6 +185,8 @@ def differential(
     ['type_0', 'type_1', 'type_2']
     """
     check_anndata(adata, to_write=True)
+    if not isinstance(model, Fitted):
+        raise TypeError(f"model is what scvae.fit or scvae.load returned, not {type(model).__name__}.")
     schema = model.program.schema
     if schema.kind != "counts" or schema.image_key is not None:
         models = "images" if schema.image_key is not None else "real numbers"
@@ -198,7 +200,10 @@ def differential(
     if batch is not None or schema.batch_key is not None:
         batches = range(len(schema.batches)) if batch is None else model._batch_codes(batch)
     code, names = _groups(adata, groupby, schema)
+    if sample_key == groupby:
+        raise ValueError(f"groupby and sample_key are both {groupby!r}: every group would be a single sample.")
     chosen, against = _chosen(np.bincount(code), names, groupby, groups, reference)
+    reference = "rest" if against is None else names[against]
     rng = np.random.default_rng(seed)
     drawn = _draw(adata, schema, code, sample_key, n_cells, rng)
     comparisons = [_comparison(drawn, group, against, rng) for group in chosen]
@@ -511,7 +516,8 @@ def _chosen(
 ) -> tuple[list[int], int | None]:
     """Return the codes of the groups that are compared, and that of the reference, None for all other cells."""
     place = {name: i for i, name in enumerate(names)}
-    wanted = names if isinstance(groups, str) and groups == "all" else list(map(name_of, names_of("groups", groups)))
+    given = [groups] if np.isscalar(groups) else groups
+    wanted = names if isinstance(groups, str) and groups == "all" else list(dict.fromkeys(map(name_of, given)))
     unknown = [name for name in wanted if name not in place]
     if reference != "rest" and name_of(reference) not in place:
         unknown.append(name_of(reference))

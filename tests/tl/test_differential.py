@@ -288,6 +288,7 @@ def test_all_containers_give_the_same(fitted, cells, tmp_path):
         ({"batch_size": 0}, ValueError, "batch_size is a whole number of at least 1"),
         ({"batch": "three"}, ValueError, "The model knows no batch 'three'; it knows 'one', 'two'"),
         ({"sample_key": "nobody"}, KeyError, "adata.obs has no column 'nobody'"),
+        ({"sample_key": "group"}, ValueError, "groupby and sample_key are both 'group': every group would be a single"),
         (
             {"key_added": "note"},
             ValueError,
@@ -355,9 +356,31 @@ def test_models_of_other_things_are_refused(cells, fit, unchanged):
         pair(model, cells)
 
 
-def test_what_is_no_anndata_is_refused(fitted):
+def test_what_is_no_anndata_or_no_model_is_refused(fitted, cells):
     with pytest.raises(TypeError, match="adata is an AnnData, not a"):
         differential(fitted, np.ones((3, 2)), "group")
+    with pytest.raises(TypeError, match="model is what scvae.fit or scvae.load returned, not AnnData"):
+        differential(cells, cells, "group")
+
+
+@pytest.mark.parametrize(("values", "groups", "reference"), [([1, 2, 3], 1, 3), ([True, False], True, False)])
+def test_groups_are_named_as_their_column_has_them(fitted, cells, values, groups, reference):
+    cells.obs["number"] = np.resize(values, 400)
+    one = differential(fitted, cells, "number", groups=groups, reference=reference, progress=False)
+    assert list(dict.fromkeys(one["group"])) == [str(groups)]
+    other = differential(fitted, cells, "number", groups=[str(groups)], reference=str(reference), progress=False)
+    pd.testing.assert_frame_equal(one, other)
+    assert len(sc.get.rank_genes_groups_df(cells, str(groups))) == 60
+
+
+def test_batches_may_be_made_of_several_columns(cells, fit):
+    model = fit(cells[:, :59].copy(), batch_key=["batch", "kind"])
+    with pytest.raises(ValueError, match="groupby='batch' is the batch of the model"):
+        differential(model, cells, "batch", progress=False)
+    cells.obs["kind"] = "new"
+    with pytest.raises(ValueError, match="unknown_batch='ignore'"):
+        pair(model, cells)
+    assert pair(model, cells, unknown_batch="ignore")["scores"].notna().all()
 
 
 # ---- The figure --------------------------------------------------------------------------------------------
