@@ -8,7 +8,8 @@ each line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differ
 - ``null``: random halves of one cell line and one blood type: shares of the genes with a p-value up to 0.05, and called
   at that false discovery rate, beside Wilcoxon's.
 - ``planted``: binomial thinning of chosen genes in one half of a cell type: slope of the estimated on the planted log
-  fold changes, and precision among the 100 strongest, beside sums of counts (pseudobulk).
+  fold changes, and precision among the 100 strongest (and of those with the highest scores), beside sums of counts
+  (pseudobulk) and Wilcoxon's test.
 - ``power``: negative binomial counts, 5 % of the genes changed by a log2 of 1 or 2 up or down: recall and false
   discovery rate at 0.05, beside Wilcoxon's.
 - ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without
@@ -140,31 +141,39 @@ def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
                 rows, less = np.flatnonzero(half == side), np.minimum(sign * change, 0)
                 x[rows] = rng.binomial(x[rows], 2.0**less)
             adata.X = sparse.csr_matrix(x.astype(np.float32))
-            adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
             adata.obs["half"] = half
+            adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
             model = fit(adata, "batch", seed)
             truth = pd.Series(change, adata.var_names).reindex(model.genes)
             cells = adata[:, model.genes]
-            estimates = {
-                "scvae": compared(model, adata, "half", "a", "b", seed=seed)["logfoldchanges"].fillna(0),
-                "pseudobulk": pseudobulk(cells, "half", "a", "b"),
+            tables = {
+                "scvae": compared(model, adata, "half", "a", "b", seed=seed),
+                "wilcoxon": wilcoxon(cells, "half", "a", "b"),
+                "pseudobulk": pseudobulk(cells, "half", "a", "b").to_frame("logfoldchanges"),
             }
-            for method, estimate in estimates.items():
+            is_planted = truth != 0
+            for method, table in tables.items():
+                estimate = table["logfoldchanges"].fillna(0)
                 top = estimate.abs().sort_values(ascending=False).index[:100]
-                of_planted = truth != 0
-                slope = np.polyfit(truth[of_planted], estimate[of_planted], 1)[0]
-                results.append(
-                    {
-                        "set": name,
-                        "group": group,
-                        "seed": seed,
-                        "method": method,
-                        "slope": float(slope),
-                        "precision100": float((np.sign(truth[top]) == np.sign(estimate[top])).mean()),
-                        "spearman_planted": float(spearmanr(truth[of_planted], estimate[of_planted])[0]),
-                        "sd_others": float(estimate[~of_planted].std()),
+                result = {
+                    "set": name,
+                    "group": group,
+                    "seed": seed,
+                    "method": method,
+                    "slope": float(np.polyfit(truth[is_planted], estimate[is_planted], 1)[0]),
+                    "spearman": float(spearmanr(truth[is_planted], estimate[is_planted])[0]),
+                    "precision100": float((np.sign(truth[top]) == np.sign(estimate[top])).mean()),
+                    "sd_others": float(estimate[~is_planted].std()),
+                }
+                if "scores" in table:
+                    first = table["scores"].abs().sort_values(ascending=False).index[:100]
+                    called = table["pvals_adj"] <= RATE
+                    result |= {
+                        "precision100_by_score": float((np.sign(truth[first]) == np.sign(estimate[first])).mean()),
+                        "false": float((called & ~is_planted).sum() / max(1, called.sum())),
+                        "recall": float(called[is_planted].mean()),
                     }
-                )
+                results.append(result)
         show(results, ["set", "method"])
     return results
 
