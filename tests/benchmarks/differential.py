@@ -11,7 +11,7 @@ each line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differ
   fold changes, and precision among the 100 strongest (and of those with the highest scores), beside sums of counts
   (pseudobulk) and Wilcoxon's test.
 - ``power``: negative binomial counts, 5 % of the genes changed by a log2 of 1 or 2 up or down: recall and false
-  discovery rate at 0.05, beside Wilcoxon's.
+  discovery rate at 0.05, beside Wilcoxon's; ``power_many``, over more data sets, with little training.
 - ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without
   sample_key, beside Wilcoxon's.
 - ``cost``: 100,000 cells, 20 groups, 10 batches: seconds, and memory above the data.
@@ -65,8 +65,8 @@ def pseudobulk(cells: anndata.AnnData, key: str, a: str, b: str, pseudocount: fl
     return pd.Series(logs[0] - logs[1], index=cells.var_names)
 
 
-def fit(adata: anndata.AnnData, batch_key: str | None = None, seed: int = 0) -> scvae.Fitted:
-    return scvae.fit(adata, batch_key=batch_key, seed=seed, progress=False)
+def fit(adata: anndata.AnnData, batch_key: str | None = None, seed: int = 0, **training: Any) -> scvae.Fitted:
+    return scvae.fit(adata, batch_key=batch_key, seed=seed, progress=False, **training)
 
 
 def bulk(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
@@ -208,12 +208,12 @@ def simulate(n: int, seed: int, n_genes: int = 1000, n_donors: int = 0) -> tuple
     return adata, change[seen]
 
 
-def power(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+def power(folder: Path, seeds: list[int], **training: Any) -> list[dict[str, Any]]:
     results = []
     for n in (100, 300, 1000):
         for seed in seeds:
             adata, change = simulate(n, seed)
-            model = fit(adata, seed=seed)
+            model = fit(adata, seed=seed, **training)
             ours = compared(model, adata, "group", "a", "b", seed=seed)
             for method, table in {"scvae": ours, "wilcoxon": wilcoxon(adata, "group", "a", "b")}.items():
                 called = (table["pvals_adj"] <= RATE).to_numpy()
@@ -231,6 +231,11 @@ def power(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
                 )
         show(results, ["n", "method"])
     return results
+
+
+def power_many(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """The same over 40 data sets of each size, of other seeds, with two passes of training each."""
+    return power(folder, list(range(100, 140)), max_epochs=2)
 
 
 def donors(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
@@ -313,7 +318,15 @@ def show(results: list[dict[str, Any]], by: list[str]) -> None:
     print(pd.DataFrame(results).groupby(by, sort=False).mean(numeric_only=True).round(4).to_string(), flush=True)
 
 
-PARTS = {"bulk": bulk, "null": null, "planted": planted, "power": power, "donors": donors, "cost": cost}
+PARTS = {
+    "bulk": bulk,
+    "null": null,
+    "planted": planted,
+    "power": power,
+    "power_many": power_many,
+    "donors": donors,
+    "cost": cost,
+}
 
 
 def main() -> None:
