@@ -534,6 +534,10 @@ def _chosen(
             f"{where_of(groupby)} has a single cell of {some(alone_in)}, from which no variance can be told: name the "
             f"other groups, groups={rest!r}."
         )
+    if against is None and sizes.sum() - sizes[chosen].max() < 2:
+        raise ValueError(
+            f"{where_of(groupby)} has a single cell that is not of {names[chosen[0]]!r}: a rest needs two."
+        )
     return chosen, against
 
 

@@ -332,6 +332,12 @@ def test_groups_that_cannot_be_compared_are_refused(fitted, cells, unchanged, pr
         differential(fitted, cells, groupby, progress=False)
 
 
+def test_a_rest_of_one_cell_is_refused(fitted, cells, unchanged):
+    cells.obs["own"] = np.where(np.arange(400) == 3, "lonely", "others")
+    with unchanged(cells), pytest.raises(ValueError, match="has a single cell that is not of 'others': a rest needs"):
+        differential(fitted, cells, "own", groups=["others"], progress=False)
+
+
 def test_the_way_out_of_a_group_of_one_cell_works(fitted, cells):
     table = differential(fitted, spoilt(cells, "own", "lonely"), "own", groups=["control", "treated"], progress=False)
     assert list(dict.fromkeys(table["group"])) == ["control", "treated"]
