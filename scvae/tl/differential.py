@@ -16,12 +16,13 @@ from torch import Tensor
 
 from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_key
-from scvae.boundary.options import Range, real, seed_of, whole
+from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.categories import name_of, named
 from scvae.data.cells import Batch, Schema
 from scvae.data.reading import categories_of, column_of, some, where_of
-from scvae.fitted import Fitted, _as_of, _own
+from scvae.fitted import Fitted, _own
+from scvae.inference.marginal import as_of
 from scvae.inference.progress import say
 from scvae.tl.ratio import (
     Moments,
@@ -113,8 +114,11 @@ def differential(
         Key of ``adata.uns`` to write to.
     batch_size
         Cells that are computed at a time.
-    unknown_batch, missing_genes
-        As of :class:`~scvae.Fitted`.
+    unknown_batch
+        What to do with cells of batches that the model has not seen: ``"error"``, or ``"ignore"``, which leaves the
+        covariate out.
+    missing_genes
+        What to do where genes of the model are missing: ``"error"``, or ``"zero"``, which takes their counts for 0.
     progress
         Whether to say, of each group, how many genes are called, and how many in the mock comparisons.
 
@@ -195,6 +199,8 @@ def differential(
     rate = real("rate", rate, Range(0, 1, open_least=True, open_most=True))
     n_cells, n_mock, batch_size = whole("n_cells", n_cells, 2), whole("n_mock", n_mock), whole("batch_size", batch_size)
     seed = seed_of(seed)
+    one_of("unknown_batch", unknown_batch, ("error", "ignore"))
+    one_of("missing_genes", missing_genes, ("error", "zero"))
     _check_free(adata, check_key("key_added", key_added))
     batches: Sequence[int] = []
     if batch is not None or schema.batch_key is not None:
@@ -475,7 +481,7 @@ def _of_part(model: Fitted, part: Batch, batches: Sequence[int]) -> tuple[Tensor
     if batches:
         corrected = torch.zeros_like(own)
         for code in batches:
-            corrected += program.decode(z, _as_of(part, code, program.schema))
+            corrected += program.decode(z, as_of(part, code, program.schema))
         corrected /= len(batches)
     return part.values, own * part.library_size.unsqueeze(-1), corrected
 

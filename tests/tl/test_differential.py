@@ -287,6 +287,8 @@ def test_all_containers_give_the_same(fitted, cells, tmp_path):
         ({"seed": -1}, ValueError, "seed is a whole number from 0"),
         ({"batch_size": 0}, ValueError, "batch_size is a whole number of at least 1"),
         ({"batch": "three"}, ValueError, "The model knows no batch 'three'; it knows 'one', 'two'"),
+        ({"unknown_batch": "marginal"}, ValueError, "unknown_batch is one of 'error', 'ignore', not 'marginal'"),
+        ({"missing_genes": "impute"}, ValueError, "missing_genes is one of 'error', 'zero', not 'impute'"),
         ({"sample_key": "nobody"}, KeyError, "adata.obs has no column 'nobody'"),
         ({"sample_key": "group"}, ValueError, "groupby and sample_key are both 'group': every group would be a single"),
         (
