@@ -348,6 +348,7 @@ def commands(model="model"):
     yield ("embed", "a.h5ad", "--model", model)
     yield ("denoise", "a.h5ad", "--model", model)
     yield ("generate", "--model", model, "--n", 3)
+    yield ("differential", "a.h5ad", "--model", model, "--groupby", "cell_type")
     yield ("extend", "a.h5ad", "--model", model)
     yield ("transfer", "a.h5ad", "--reference", "b.h5ad", "--labels-key", "cell_type", "--model", model)
     yield ("cluster", "a.h5ad", "--n-clusters", 2)
@@ -523,6 +524,7 @@ def test_outputs_are_as_they_were_when_the_writing_fails(run, cells, fitted_mode
             ("denoise", "a.h5ad", "--model", "model", "--output", "out.h5ad"),
             ("generate", "--model", "model", "--n", 3, "--output", "out.h5ad"),
             ("cluster", "a.h5ad", "--n-clusters", 2, "--use-rep", "latent", "--output", "out.h5ad"),
+            ("differential", "a.h5ad", "--model", "model", "--groupby", "cell_type", "--table", "t.csv"),
             ("compare", "a.h5ad", "c.json", "--output", "t.csv", "--max-epochs", 1, "--n-samples", 1),
             ("compare", "a.h5ad", "c.json", "--figure", "f.png", "--max-epochs", 1, "--n-samples", 1),
         ]:

@@ -9,7 +9,11 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
+<<<<<<< HEAD
 from scvae.commands import choosing, clusters, demo, judging, mapping, models
+=======
+from scvae.commands import choosing, clusters, demo, differences, mapping, models
+>>>>>>> h-de
 from scvae.commands.endings import Ended
 from scvae.inference import progress
 
@@ -23,8 +27,12 @@ _COMMANDS = (
     mapping.extend,
     mapping.transfer,
     clusters.cluster,
+<<<<<<< HEAD
     judging.check,
     judging.scores,
+=======
+    differences.differential,
+>>>>>>> h-de
     choosing.compare,
     choosing.tune,
     demo.demo,

@@ -2,7 +2,11 @@
 
 from scvae.pl.checks import posterior_check
 from scvae.pl.comparison import compare
+<<<<<<< HEAD
 from scvae.pl.expression import denoised
+=======
+from scvae.pl.differences import volcano
+>>>>>>> h-de
 from scvae.pl.grid import images
 from scvae.pl.latent import latent
 from scvae.pl.loadings import loadings
@@ -11,6 +15,7 @@ from scvae.pl.scores import integration_scores
 from scvae.pl.training import history
 from scvae.pl.tuning import tuning
 
+<<<<<<< HEAD
 __all__ = [
     "compare",
     "denoised",
@@ -24,7 +29,10 @@ __all__ = [
     "reconstructions",
     "traversal",
     "tuning",
+    "volcano",
 ]
+=======
+>>>>>>> h-de
 
 
 def __dir__() -> list[str]:

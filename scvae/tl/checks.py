@@ -179,6 +179,7 @@ def posterior_check(
             raise ValueError(
                 f"layer_added={layer_added!r} would overwrite the layer that the model reads: name another."
             )
+    one_of("unknown_batch", unknown_batch, ("error", "ignore"))
     cells = model._cells(adata, unknown_batch=unknown_batch)
     if not schema.check_counts and bool((cells.values != cells.values.round()).any()):
         raise ValueError("Counts that are not whole numbers have no distribution to be compared with: pass raw counts.")
