@@ -9,11 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
-<<<<<<< HEAD
-from scvae.commands import choosing, clusters, demo, judging, mapping, models
-=======
-from scvae.commands import choosing, clusters, demo, differences, mapping, models
->>>>>>> h-de
+from scvae.commands import choosing, clusters, demo, differences, judging, mapping, models
 from scvae.commands.endings import Ended
 from scvae.inference import progress
 
@@ -27,12 +23,9 @@ _COMMANDS = (
     mapping.extend,
     mapping.transfer,
     clusters.cluster,
-<<<<<<< HEAD
     judging.check,
     judging.scores,
-=======
     differences.differential,
->>>>>>> h-de
     choosing.compare,
     choosing.tune,
     demo.demo,

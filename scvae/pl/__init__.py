@@ -2,11 +2,8 @@
 
 from scvae.pl.checks import posterior_check
 from scvae.pl.comparison import compare
-<<<<<<< HEAD
-from scvae.pl.expression import denoised
-=======
 from scvae.pl.differences import volcano
->>>>>>> h-de
+from scvae.pl.expression import denoised
 from scvae.pl.grid import images
 from scvae.pl.latent import latent
 from scvae.pl.loadings import loadings
@@ -15,7 +12,6 @@ from scvae.pl.scores import integration_scores
 from scvae.pl.training import history
 from scvae.pl.tuning import tuning
 
-<<<<<<< HEAD
 __all__ = [
     "compare",
     "denoised",
@@ -31,8 +27,6 @@ __all__ = [
     "tuning",
     "volcano",
 ]
-=======
->>>>>>> h-de
 
 
 def __dir__() -> list[str]:

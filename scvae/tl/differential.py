@@ -175,9 +175,9 @@ def differential(
     References
     ----------
     Cochran 1977, Sampling Techniques, chapter 6 (ratio estimator); Efron 1982, The Jackknife, the Bootstrap and Other
-    Resampling Plans, chapter 6; Tusher, Tibshirani and Chu 2001, PNAS 98:5116 (mock comparisons over all genes); Janssen
-    1997, Statistics and Probability Letters 36:9 (why scores, not means, are compared); Squair et al. 2021, Nature
-    Communications 12:5692 (samples).
+    Resampling Plans, chapter 6; Tusher, Tibshirani and Chu 2001, PNAS 98:5116 (mock comparisons over all genes);
+    Janssen 1997, Statistics and Probability Letters 36:9 (why scores, not means, are compared); Squair et al. 2021,
+    Nature Communications 12:5692 (samples).
 
     Examples
     --------

@@ -143,6 +143,7 @@ def figures(adata, fit, model, tmp_path):
     linear = fit(adata.copy(), n_decoder_layers=0)
     check = scvae.tl.posterior_check(model, adata, n_samples=2)
     table = pd.DataFrame({"difference": [0.0], "difference_se": [0.1], "library": ["latent"]}, index=["a"])
+    different = scvae.tl.differential(model, adata, "cell_type", n_mock=5, progress=False)
     tuned = scvae.tune(
         adata.copy(), {"n_latent=5": {"n_latent": 5}}, max_epochs=1, n_samples=2, progress=False, n_hidden=8
     )
@@ -159,6 +160,7 @@ def figures(adata, fit, model, tmp_path):
         "reconstructions": lambda **how: pl.reconstructions(images, adata, n=2, **how),
         "traversal": lambda **how: pl.traversal(images, n=2, **how),
         "tuning": lambda **how: pl.tuning(tuned, **how),
+        "volcano": lambda **how: pl.volcano(different, "type_0", **how),
     }
 
 
@@ -180,6 +182,7 @@ def test_every_figure_is_drawn_where_it_is_told_saved_and_shown_when_asked(figur
             draw(save="x.none")
         plt.close("all")
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+    assert set(figures) == set(pl.__all__)
 
 
 def test_every_function_of_pl_takes_them_by_name():
