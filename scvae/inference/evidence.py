@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 from scvae.data.cells import Batch
 from scvae.programs.program import Program
 
-__all__ = ["elbo", "elbo_terms", "importance_weighted", "prior_monte_carlo"]
+__all__ = ["elbo", "elbo_terms", "importance_weighted", "posterior_draw", "prior_monte_carlo"]
 
 
 def elbo_terms(program: Program, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -90,6 +90,48 @@ def importance_weighted(program: Program, batch: Batch, n_samples: int = 256) ->
         return weight.logsumexp(0) if weight.dim() > 1 else weight
 
     return _log_mean_exp(log_weight, n_samples)
+
+
+def posterior_draw(program: Program, batch: Batch, n_samples: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+    r"""Draw the latents of each cell once, from what tends to their exact posterior, :math:`p(z \mid x)`.
+
+    Of `n_samples` draws from the guide one is kept, each with a probability in proportion to its importance weight,
+    :math:`p(x, z) / q(z \mid x)` (sampling importance resampling, Rubin 1987). The draws are made one at a time, so that
+    memory does not grow with their number.
+
+    Returns
+    -------
+    latents
+        The value of each latent site by name, ``[n, …]``.
+    effective
+        Effective number of draws of each cell, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, ``[n]``: `n_samples` where the
+        guide is the posterior, 1 where a single draw has all the weight.
+
+    Raises
+    ------
+    ValueError
+        If the guide has a site that takes all its values at once, of which there is no single draw.
+
+    References
+    ----------
+    Rubin 1987, Journal of the American Statistical Association 82:543.
+    """
+    kept: dict[str, Tensor] = {}
+    total = squares = torch.empty(0)
+    for i in range(n_samples):
+        q, p = _traces(program, batch)
+        weight = _log_weight(q, p)
+        if weight.dim() > 1:
+            raise ValueError(f"The program {program.name!r} has latents that are summed over: there is no draw of them.")
+        values = {name: site["value"] for name, site in _sites(p) if not site["is_observed"]}
+        if not i:
+            kept, total, squares = values, weight, 2 * weight
+            continue
+        total, squares = torch.logaddexp(total, weight), torch.logaddexp(squares, 2 * weight)
+        taken = torch.rand_like(weight).log() < weight - total
+        for name, value in values.items():
+            kept[name] = torch.where(taken.view(-1, *[1] * (value.dim() - 1)), value, kept[name])
+    return kept, (2 * total - squares).exp()
 
 
 def prior_monte_carlo(program: Program, batch: Batch, n_samples: int = 256) -> Tensor:
