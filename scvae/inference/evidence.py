@@ -122,7 +122,9 @@ def posterior_draw(program: Program, batch: Batch, n_samples: int = 32) -> tuple
         q, p = _traces(program, batch)
         weight = _log_weight(q, p)
         if weight.dim() > 1:
-            raise ValueError(f"The program {program.name!r} has latents that are summed over: there is no draw of them.")
+            raise ValueError(
+                f"The program {program.name!r} has latents that are summed over: there is no draw of them."
+            )
         values = {name: site["value"] for name, site in _sites(p) if not site["is_observed"]}
         if not i:
             kept, total, squares = values, weight, 2 * weight

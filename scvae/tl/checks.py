@@ -174,7 +174,9 @@ def posterior_check(
         if schema.use_rep is not None:
             raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{schema.use_rep!r}].")
         if layer_added == schema.layer:
-            raise ValueError(f"layer_added={layer_added!r} would overwrite the layer that the model reads: name another.")
+            raise ValueError(
+                f"layer_added={layer_added!r} would overwrite the layer that the model reads: name another."
+            )
     cells = model._cells(adata, unknown_batch=unknown_batch)
     if not schema.check_counts and bool((cells.values != cells.values.round()).any()):
         raise ValueError("Counts that are not whole numbers have no distribution to be compared with: pass raw counts.")
@@ -324,7 +326,9 @@ def _predicted(
     log_prob, mean = np.full(left.shape, -np.inf), np.zeros_like(left)
     for _ in range(n_samples):
         guide = poutine.trace(model.program.guide).get_trace(batch)
-        law = _of_the_rest(_parameters(poutine.trace(poutine.replay(model.program.model, guide)).get_trace(batch)), left, kept, split)
+        law = _of_the_rest(
+            _parameters(poutine.trace(poutine.replay(model.program.model, guide)).get_trace(batch)), left, kept, split
+        )
         np.logaddexp(log_prob, law.log_prob(out), out=log_prob)
         mean += law.moments()[0]
     return log_prob - np.log(n_samples), mean / n_samples
@@ -455,5 +459,3 @@ def _poisson_deviance(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
     at = np.nonzero(x)
     result[at] += 2 * (x[at] * np.log(x[at] / mean[at]) - x[at])
     return result
-
-
