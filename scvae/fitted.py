@@ -582,6 +582,54 @@ class Fitted:
 
         return self._each(cells, answer, seed, batch_size, unknown_batch, marginal.evidence)
 
+    def loadings(self, *, ranked: bool = False) -> pd.DataFrame:
+        r"""Return what each latent dimension does to each gene; of models with a linear decoder.
+
+        Parameters
+        ----------
+        ranked
+            Return a row for each dimension and gene in the place of a table: ``dimension``, ``gene`` and ``loading``,
+            those of a dimension by falling absolute value.
+
+        Returns
+        -------
+        pandas.DataFrame
+            ``[n_genes, n_latent]``, the columns ``z0``, ``z1``, …: of counts, the change of the log expression, nats a
+            unit of the dimension, against the mean gene; of real numbers, the change of the value. Of the signs and the
+            order of the dimensions nothing is meant. A fit writes them to ``.varm[key_added + "_loadings"]``.
+
+        Raises
+        ------
+        ValueError
+            If the decoder has hidden layers.
+
+        References
+        ----------
+        Svensson, Gayoso, Yosef and Pachter 2020, Bioinformatics 36:3418.
+
+        Examples
+        --------
+        >>> import scvae
+        >>> adata = scvae.datasets.simulated_batches(n_cells=200, n_genes=50, seed=0)
+        >>> model = scvae.fit(adata, n_decoder_layers=0, n_latent=4, max_epochs=2, progress=False)
+        >>> model.loadings().shape, adata.varm["X_scvae_loadings"].shape
+        ((50, 4), (50, 4))
+        """
+        with alone(0, self.device):
+            found = self.program.loadings()
+        if found is None:
+            raise ValueError(
+                "The decoder of this model is not linear, so that its genes have no loadings: fit the program 'zinb' or "
+                "'vq' with n_decoder_layers=0, or 'gaussian' with n_layers=0."
+            )
+        values = found.cpu().numpy()
+        table = pd.DataFrame(values, pd.Index(self.genes, name="gene"), [f"z{i}" for i in range(values.shape[1])])
+        if not ranked:
+            return table
+        order = np.argsort(-np.abs(values), axis=0, kind="stable")
+        parts = [pd.DataFrame({"dimension": z, "loading": table[z].iloc[order[:, i]]}) for i, z in enumerate(table)]
+        return pd.concat(parts).reset_index()[["dimension", "gene", "loading"]]
+
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the model to a folder, as ``model.json`` and a file of weights; see :func:`scvae.load`.
 
@@ -708,12 +756,16 @@ class Fitted:
                 obs[full] = part[:, 0]
             else:
                 obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
+        varm = {
+            f"{key}_{name}": _by_gene(values, self.genes, adata) for name, values in _of_genes(self.program).items()
+        }
         record = {
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "key_added": key,
             "obs": np.asarray(list(obs), dtype=object),
             "obsm": np.asarray(list(obsm), dtype=object),
+            "varm": np.asarray(list(varm), dtype=object),
             "options": {k: v for k, v in self.program.options.items() if v is not None},
             "training": {k: v for k, v in self.training.items() if v is not None},
             "schema": {
@@ -733,6 +785,9 @@ class Fitted:
             for name, column in obs.items():
                 adata.obs[name] = column
             adata.obsm.update(obsm)
+            for name in stale["varm"]:
+                adata.varm.pop(name, None)
+            adata.varm.update(varm)
             adata.uns[stem_of(key)] = record
 
 
@@ -754,7 +809,8 @@ def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> 
         names[place].append(full)
     schema = program.schema
     read: dict[str, list[Any]] = {"obs": schema.columns, "obsm": [schema.use_rep, schema.image_key]}
-    check_free(adata, key, names["obs"], names["obsm"], read=read)
+    varm = [f"{key}_{name}" for name in _of_genes(program)]
+    check_free(adata, key, names["obs"], names["obsm"], varm, read=read)
     return first
 
 
@@ -762,6 +818,20 @@ def _written(program: Program, batch: Batch) -> dict[str, Tensor]:
     """Return what is written of each cell, by name; the latent vector has none."""
     mean, std = program.embed(batch)
     return {"": mean, "std": std, **program.per_cell(batch)}
+
+
+def _of_genes(program: Program) -> dict[str, Tensor]:
+    """Return what is written of each gene, by name, ``[n_genes, k]``."""
+    found = program.loadings() if program.schema.use_rep is None and program.schema.image_key is None else None
+    return {} if found is None else {"loadings": found}
+
+
+def _by_gene(values: Tensor, genes: Sequence[str], adata: AnnData) -> np.ndarray:
+    """Return an array with a row for each gene of the AnnData, NaN for those that are not among `genes`."""
+    result = np.full((adata.n_vars, values.shape[1]), np.nan, dtype=np.float32)
+    at = pd.Index(genes).get_indexer(adata.var_names.astype(str))
+    result[at >= 0] = values.cpu().numpy()[at[at >= 0]]
+    return result
 
 
 def _place(name: str, like: Tensor, key: str) -> tuple[str, str]:

@@ -102,8 +102,9 @@ def fit(
         The fitted model. To the AnnData are written, and nothing else: ``.obsm[key_added]``, the posterior mean of
         each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; what else the program
         infers of each cell in ``.obs["scvae_…"]`` (the library latent, as counts; the cluster, with
-        ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; ``.uns["scvae"]``, parameters and history. With
-        ``key_added="X_mine"`` these are ``.obs["mine_…"]`` and ``.uns["mine"]``.
+        ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; with a linear decoder the loadings of the genes,
+        ``.varm[key_added + "_loadings"]``; ``.uns["scvae"]``, parameters and history. With ``key_added="X_mine"`` these
+        are ``.obs["mine_…"]`` and ``.uns["mine"]``.
 
     Raises
     ------

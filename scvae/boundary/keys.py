@@ -1,8 +1,9 @@
 """Where results are written in an AnnData, checked before the work is done.
 
 All that a model writes derives from one key, so that two models live side by side: with ``key_added="X_scvae"`` the
-embedding is ``.obsm["X_scvae"]``, further vectors ``.obsm["X_scvae_…"]``, numbers of each cell ``.obs["scvae_…"]``, and
-the record of it all, by which a later fit knows what it may replace, ``.uns["scvae"]``.
+embedding is ``.obsm["X_scvae"]``, further vectors ``.obsm["X_scvae_…"]``, numbers of each cell ``.obs["scvae_…"]``,
+loadings of the genes ``.varm["X_scvae_loadings"]``, and the record of it all, by which a later fit knows what it may
+replace, ``.uns["scvae"]``.
 """
 
 from __future__ import annotations
@@ -48,18 +49,25 @@ def stem_of(key: str) -> str:
 
 
 def own_keys(adata: AnnData, key: str) -> dict[str, list[str]]:
-    """Return what an earlier fit under the same key wrote, names in ``obs`` and ``obsm``."""
+    """Return what an earlier fit under the same key wrote, names in ``obs``, ``obsm`` and ``varm``."""
     record, stem = adata.uns.get(stem_of(key)), stem_of(key)
     if not _is_record(record) or record.get("key_added") != key:
-        return {"obs": [], "obsm": []}
+        return {"obs": [], "obsm": [], "varm": []}
     return {
         "obs": [name for name in _names(record.get("obs")) if name.startswith(f"{stem}_")],
         "obsm": [name for name in _names(record.get("obsm")) if name == key or name.startswith(f"{key}_")],
+        "varm": [name for name in _names(record.get("varm")) if name.startswith(f"{key}_")],
     }
 
 
 def check_free(
-    adata: AnnData, key: str, obs: Iterable[str] = (), obsm: Iterable[str] = (), *, read: Mapping[str, list[Any]]
+    adata: AnnData,
+    key: str,
+    obs: Iterable[str] = (),
+    obsm: Iterable[str] = (),
+    varm: Iterable[str] = (),
+    *,
+    read: Mapping[str, list[Any]],
 ) -> None:
     """Check that a model may write under a key.
 
@@ -69,7 +77,7 @@ def check_free(
         The cells.
     key
         Key of ``.obsm``.
-    obs, obsm
+    obs, obsm, varm
         Names that are to be written there.
     read
         Names in ``obs`` and ``obsm`` that the call itself reads.
@@ -81,7 +89,7 @@ def check_free(
     """
     stem, own = stem_of(key), own_keys(adata, key)
     others = [record for record in adata.uns.values() if _is_record(record) and record.get("key_added") != key]
-    for place, names in {"obs": obs, "obsm": obsm}.items():
+    for place, names in {"obs": obs, "obsm": obsm, "varm": varm}.items():
         for name in names:
             if name in read.get(place, ()):
                 raise ValueError(

@@ -96,8 +96,8 @@ def posterior_draw(program: Program, batch: Batch, n_samples: int = 32) -> tuple
     r"""Draw the latents of each cell once, from what tends to their exact posterior, :math:`p(z \mid x)`.
 
     Of `n_samples` draws from the guide one is kept, each with a probability in proportion to its importance weight,
-    :math:`p(x, z) / q(z \mid x)` (sampling importance resampling, Rubin 1987). The draws are made one at a time, so that
-    memory does not grow with their number.
+    :math:`p(x, z) / q(z \mid x)` (sampling importance resampling, Rubin 1987). The draws are made one at a time, so
+    that memory does not grow with their number.
 
     Returns
     -------

@@ -99,6 +99,18 @@ class CountDecoder(nn.Module):
         """Return the expression as fractions of the whole, ``[n, G]``."""
         return log_softmax(self.w(self.layers(z, batch.covariates), batch.covariates), -1).exp()
 
+    def loadings(self) -> Tensor | None:
+        r"""Return the change of each gene's log expression per unit of each dimension of ``z``, ``[G, n_latent]``.
+
+        None where there are hidden layers. The softmax leaves open what a dimension adds to all genes alike, so that the
+        mean over genes is taken off: with :math:`W` the loadings, :math:`\log \rho_g = (W z)_g + \text{offsets} -
+        \text{a number of the cell}`.
+        """
+        if self.layers.linear:
+            return None
+        weight = self.w.main.weight.detach()
+        return weight - weight.mean(0)
+
     def weights(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""
         outputs = [self.w] if self.pi is None else [self.w, self.pi]
@@ -195,6 +207,13 @@ class RealDecoder(nn.Module):
         """Return the distribution of the values, ``[n, G]``, given ``z``, ``[n, n_latent]``."""
         x = Normal(self.loc(z, batch), self.sigma())
         return (x if batch.missing is None else x.mask(~batch.missing)).to_event(1)
+
+    def loadings(self) -> Tensor | None:
+        """Return the change of each gene's mean per unit of each dimension of ``z``, ``[G, n_latent]``.
+
+        None where there are hidden layers.
+        """
+        return None if self.layers.linear else self.scale[:, None] * self.f.main.weight.detach()
 
     def weights(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts; none of a decoder that is linear."""

@@ -87,10 +87,14 @@ class CountOptions(Options):
         ``"zinb"``, ``"nb"`` (no gate) or ``"poisson"`` (no gate, no dispersion).
     dispersion
         Inverse dispersion per ``"gene"``, ``"gene-batch"``, or ``"gene-cell"`` (an output of the decoder).
+    n_decoder_layers
+        Number of the decoder's hidden layers; by default `n_layers`. With 0 the log expression is linear in ``z``, and
+        each gene has a loading on each latent dimension, :meth:`scvae.Fitted.loadings`.
     """
 
     likelihood: Literal["zinb", "nb", "poisson"] = "zinb"
     dispersion: Literal["gene", "gene-batch", "gene-cell"] = "gene"
+    n_decoder_layers: Annotated[int, Range(0)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,10 @@ class Program(nn.Module, ABC):
         """Return numbers by name that the history is to hold at each evaluation, beside the ELBO; by default none."""
         return {}
 
+    def loadings(self) -> Tensor | None:
+        """Return what each latent dimension does to each gene, ``[G, d]``, where that is a number; by default None."""
+        return None
+
     def library(self, batch: Batch) -> Tensor:
         """Return the library size by which the decoded fractions are multiplied, ``[n]``."""
         return batch.library_size

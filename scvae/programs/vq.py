@@ -82,14 +82,15 @@ class VQ(Program):
             As in :class:`~scvae.programs.options.NetworkOptions`.
         n_codes, n_codebooks, commitment, kmeans_start, restart
             As in :class:`~scvae.programs.options.CodebookOptions`.
-        likelihood, dispersion
+        likelihood, dispersion, n_decoder_layers
             As in :class:`~scvae.programs.options.CountOptions`.
         """
 
     def __init__(self, schema: Schema, **options: Any) -> None:
         o = self.Options(**options)
         super().__init__(schema, **o.as_dict())
-        self._join(o, CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion))
+        depth = o.n_layers if o.n_decoder_layers is None else o.n_decoder_layers
+        self._join(o, CountDecoder(schema, o.n_latent, o.n_hidden, depth, o.likelihood, o.dispersion))
         self.library_kind = "observed"
         n_batches = len(schema.batches)
         self.register_buffer("m", torch.zeros(n_batches + 1))  # the last is for cells of a batch that is not known
@@ -177,6 +178,10 @@ class VQ(Program):
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return ``rho`` of the code nearest to ``z``, ``[n, G]``."""
         return self.decoder.rho(self.quantise(z), batch)
+
+    def loadings(self) -> Tensor | None:
+        """Return what each latent dimension does to each gene, ``[G, d]``; None of a decoder that is not linear."""
+        return self.decoder.loadings()
 
     def quantise(self, z: Tensor) -> Tensor:
         """Return the vectors of the codebook nearest to ``z``, ``[n, d]``."""

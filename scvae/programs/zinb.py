@@ -77,7 +77,7 @@ class ZINB(Program):
             As in :class:`~scvae.programs.options.NetworkOptions`.
         posterior, flow_depth, flow_width, prior, n_components
             As in :class:`~scvae.programs.options.LatentOptions`.
-        likelihood, dispersion
+        likelihood, dispersion, n_decoder_layers
             As in :class:`~scvae.programs.options.CountOptions`.
         """
 
@@ -97,7 +97,8 @@ class ZINB(Program):
         self.encoder = Layers(n_genes, n_encoded, o.n_hidden, o.n_layers, o.dropout_rate, sparse_input=True)
         self.q_z = o.make_posterior(self.encoder.n_out)
         self.of_l = Linear(self.encoder.n_out, 2)  # delta, and what tau is made of
-        self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion)
+        depth = o.n_layers if o.n_decoder_layers is None else o.n_decoder_layers
+        self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, depth, o.likelihood, o.dispersion)
         self.p_z = o.make_prior(n_genes, n_covariates)
 
         self.register_buffer("m", torch.zeros(n_batches + 1))  # the last is for cells of a batch that is not known
@@ -170,6 +171,10 @@ class ZINB(Program):
     def decode(self, z: Tensor, batch: Batch) -> Tensor:
         """Return ``rho``, ``[n, G]``."""
         return self.decoder.rho(z, batch)
+
+    def loadings(self) -> Tensor | None:
+        """Return what each latent dimension does to each gene, ``[G, d]``; None of a decoder that is not linear."""
+        return self.decoder.loadings()
 
     def library(self, batch: Batch) -> Tensor:
         """Return ``l``, ``[n]``: its posterior mean where it is latent."""

@@ -1,4 +1,4 @@
-"""What is computed from a model, or from a representation of the cells, written to the AnnData as scanpy's ``tl`` does."""
+"""What is computed from a model, or from a representation of the cells, named as in scanpy's ``tl``."""
 
 from scvae.tl.checks import PosteriorCheck, posterior_check
 from scvae.tl.clustering import cluster

@@ -119,9 +119,9 @@ def posterior_check(
         Of the counts, that is taken out and predicted.
     split
         How a count is split in two. ``"negative_binomial"``: by a beta-binomial with the model's own dispersion, after
-        which the parts are independent given ``z`` (Neufeld et al. 2023). ``"binomial"``: each molecule by itself, after
-        which they are not, and the part that is left tells of the other, which is taken into account. The latter
-        does not depend on the model: choose it to compare likelihoods by their ``heldout_deviance``.
+        which the parts are independent given ``z`` (Neufeld et al. 2023). ``"binomial"``: each molecule by itself,
+        after which they are not, and the part that is left tells of the other, which is taken into account. The
+        latter does not depend on the model: choose it to compare likelihoods by their ``heldout_deviance``.
     layer_added
         Write the normal residuals, :math:`\Phi^{-1}(u)`, to this layer of the AnnData: a dense ``[n_cells, n_vars]``,
         float32, NaN for genes that are not modelled.
@@ -227,7 +227,7 @@ class _Law:
             return self.mean, variance
         return (1 - self.gate) * self.mean, (1 - self.gate) * (variance + self.gate * self.mean**2)
 
-    def cdf(self, x: np.ndarray, at: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def cdf(self, x: np.ndarray, at: tuple[np.ndarray, ...]) -> np.ndarray:
         """Probability of at most `x` counts, ``[m]``, in so many entries of the matrix."""
         mean = self.mean[at]
         if self.theta is None:
