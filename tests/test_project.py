@@ -64,7 +64,9 @@ def test_every_requirement_has_a_tested_version():
 
 def test_every_lower_bound_is_the_lowest_tested_version():
     groups = PROJECT["optional-dependencies"]
-    requirements = PROJECT["dependencies"] + [r for group in groups if group != "docs" for r in groups[group]]
+    requirements = PROJECT["dependencies"] + [
+        r for group in groups if group not in ("analysis", "docs") for r in groups[group]
+    ]
     bounds = {}
     for requirement in requirements:
         name, bound = re.fullmatch(r"([\w-]+)(?:\[[\w,]+\])?(?:>=([\d.]+)(?:,!=[\d.]+)*)?", requirement).groups()
@@ -82,8 +84,8 @@ def release(version):
 def test_the_extra_for_development_brings_what_the_tests_import():
     groups = PROJECT["optional-dependencies"]
     brought = names(PROJECT["dependencies"]).union(names(groups["dev"]), names(groups["demo"]))
-    brought |= names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
-    distribution = {"pyro": "pyro-ppl", "sklearn": "scikit-learn"}
+    brought |= names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
+    distribution = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "scib_metrics": "scib-metrics"}
     imported = set()
     tests = [path for path in (ROOT / "tests").rglob("*.py") if "benchmarks" not in path.parts]
     for path in [*(ROOT / "scvae").rglob("*.py"), *tests]:
