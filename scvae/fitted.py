@@ -619,8 +619,8 @@ class Fitted:
             found = self.program.loadings()
         if found is None:
             raise ValueError(
-                "The decoder of this model is not linear, so that its genes have no loadings: fit the program 'zinb' or "
-                "'vq' with n_decoder_layers=0, or 'gaussian' with n_layers=0."
+                "The decoder of this model is not linear, so that its genes have no loadings: fit the program 'zinb' "
+                "or 'vq' with n_decoder_layers=0, or 'gaussian' with n_layers=0."
             )
         values = found.cpu().numpy()
         table = pd.DataFrame(values, pd.Index(self.genes, name="gene"), [f"z{i}" for i in range(values.shape[1])])

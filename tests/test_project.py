@@ -84,7 +84,9 @@ def release(version):
 def test_the_extra_for_development_brings_what_the_tests_import():
     groups = PROJECT["optional-dependencies"]
     brought = names(PROJECT["dependencies"]).union(names(groups["dev"]), names(groups["demo"]))
-    brought |= names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
+    brought |= (
+        names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
+    )
     distribution = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "scib_metrics": "scib-metrics"}
     imported = set()
     tests = [path for path in (ROOT / "tests").rglob("*.py") if "benchmarks" not in path.parts]

@@ -102,8 +102,8 @@ class CountDecoder(nn.Module):
     def loadings(self) -> Tensor | None:
         r"""Return the change of each gene's log expression per unit of each dimension of ``z``, ``[G, n_latent]``.
 
-        None where there are hidden layers. The softmax leaves open what a dimension adds to all genes alike, so that the
-        mean over genes is taken off: with :math:`W` the loadings, :math:`\log \rho_g = (W z)_g + \text{offsets} -
+        None where there are hidden layers. The softmax leaves open what a dimension adds to all genes alike, so that
+        the mean over genes is taken off: with :math:`W` the loadings, :math:`\log \rho_g = (W z)_g + \text{offsets} -
         \text{a number of the cell}`.
         """
         if self.layers.linear:

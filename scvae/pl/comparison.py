@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scvae.pl.axes import axes_of
+from scvae.pl.axes import axes_of, check_save, finished
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 
-def compare(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def compare(table: pd.DataFrame, ax: Axes | None = None, *, show: bool = False, save: str | Path | None = None) -> Axes:
     """Draw how far each configuration lies behind the best, with the standard error of that difference.
 
     Parameters
@@ -22,6 +23,10 @@ def compare(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
         What :func:`scvae.compare` returned, or some of its rows.
     ax
         Where to draw; by default a new figure, as high as the configurations ask for.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -46,6 +51,7 @@ def compare(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     >>> [label.get_text() for label in ax.get_yticklabels()]
     ['nb', 'poisson']
     """
+    check_save(save)
     ax = axes_of(ax, (6, 1.2 + 0.3 * len(table)))
     places = range(len(table))
     ax.axvline(0, color="0.8", linewidth=1, zorder=0)
@@ -63,4 +69,4 @@ def compare(table: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.locator_params(axis="x", nbins=6)
     ax.set_xlabel("log likelihood of test cells, difference to the best\n(nats a cell, ± one standard error)")
     ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return finished(ax, show=show, save=save)

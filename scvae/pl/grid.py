@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scvae.pl.axes import axes_of, pyplot
+from scvae.pl.axes import axes_of, check_save, finished, pyplot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +27,8 @@ def images(
     titles: Sequence[str] | None = None,
     channels: Sequence[str] | None = None,
     ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
 ) -> Axes:
     """Draw images of cells, beside and below one another.
 
@@ -47,6 +50,10 @@ def images(
         Names of the channels, for a legend, such as ``adata.uns["neighborhood"]["channels"]``.
     ax
         Where to draw; by default a new figure, as large as the images ask for.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -76,7 +83,9 @@ def images(
     if titles is not None and len(titles) != len(shown):
         raise ValueError(f"There are {len(titles)} titles for {len(shown)} images: one each is wanted.")
     rows = [shown[i : i + ncols] for i in range(0, len(shown), ncols)]
-    return grid_of(rows, titles=titles, channels=channels, ax=ax)
+    check_save(save)
+    ax = grid_of(rows, titles=titles, channels=channels, ax=ax)
+    return finished(ax, show=show, save=save)
 
 
 def grid_of(

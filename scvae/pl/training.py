@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scvae.pl.axes import axes_of
+from scvae.pl.axes import axes_of, check_save, finished
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,7 +16,13 @@ if TYPE_CHECKING:
 __all__ = ["history"]
 
 
-def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
+def history(
+    model: Fitted | Mapping[str, Any],
+    ax: Axes | None = None,
+    *,
+    show: bool = False,
+    save: str | Path | None = None,
+) -> Axes:
     """Draw the ELBO along the training, and that of the validation cells where some were held out.
 
     Parameters
@@ -24,6 +31,10 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
         A fitted model, its :attr:`~scvae.Fitted.history`, or ``adata.uns["scvae"]["history"]``.
     ax
         Where to draw; by default a new figure.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -45,6 +56,7 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
     'ELBO (nats a cell)'
     """
     course = getattr(model, "history", model)
+    check_save(save)
     ax = axes_of(ax, (5, 3.5))
     ax.plot(course["step"], course["elbo"], label="training cells")
     if "validation_elbo" in course:
@@ -53,4 +65,4 @@ def history(model: Fitted | Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ax.set_xlabel("step")
     ax.set_ylabel("ELBO (nats a cell)")
     ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return finished(ax, show=show, save=save)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scvae.pl.axes import axes_of, pyplot
+from scvae.pl.axes import axes_of, check_save, finished, pyplot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +18,7 @@ __all__ = ["tuning"]
 _SPREAD = 0.5  # of the height of a row, over which the rounds of a configuration lie below one another
 
 
-def tuning(result: Tuned, ax: Axes | None = None) -> Axes:
+def tuning(result: Tuned, ax: Axes | None = None, *, show: bool = False, save: str | Path | None = None) -> Axes:
     """Draw how far each configuration was above or below the default, round by round.
 
     Parameters
@@ -26,6 +27,10 @@ def tuning(result: Tuned, ax: Axes | None = None) -> Axes:
         What :func:`scvae.tune` returned.
     ax
         Where to draw; by default a new figure, as high as the configurations ask for.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -51,6 +56,7 @@ def tuning(result: Tuned, ax: Axes | None = None) -> Axes:
     ['default', 'n_latent=5']
     """
     ranking = result.ranking
+    check_save(save)
     ax = axes_of(ax, (6, 1.4 + 0.35 * len(ranking)))
     ax.axvline(0, color="0.8", linewidth=1, zorder=0)
     place = {name: i for i, name in enumerate(ranking.index)}
@@ -77,7 +83,7 @@ def tuning(result: Tuned, ax: Axes | None = None) -> Axes:
     if n_rounds:
         ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return finished(ax, show=show, save=save)
 
 
 def _steps(steps: pd.Series) -> str:

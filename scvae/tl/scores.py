@@ -55,7 +55,7 @@ def integration_scores(
     controls: bool = True,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Score embeddings of cells whose types are known: is biology kept, and are batches mixed?
+    """Score embeddings of cells whose types are known by how far biology is kept and batches are mixed.
 
     There is no one number. Scores reward what they measure, and some of them reward embeddings without structure, so
     two rows stand beside those that are asked for: principal components, in which nothing was integrated, and a
@@ -130,7 +130,9 @@ def integration_scores(
     label = categories_of(adata, labels_key).astype(str)
     for key, names in ((batch_key, batch), (labels_key, label)):
         if len(found := set(names)) < 2:
-            raise ValueError(f"adata.obs[{key!r}] has the single category {str(found.pop())!r}: two at least are compared.")
+            raise ValueError(
+                f"adata.obs[{key!r}] has the single category {str(found.pop())!r}: two at least are compared."
+            )
     rows = _embeddings(adata, embeddings)
     if controls:
         if taken := rows.keys() & {_PCA, _CONTROL}:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scvae.pl.axes import check_save, finished
 from scvae.pl.grid import grid_of
 
 if TYPE_CHECKING:
@@ -19,7 +21,14 @@ __all__ = ["poses", "reconstructions", "traversal"]
 
 
 def reconstructions(
-    model: Fitted, adata: AnnData, *, n: int = 10, channels: Sequence[str] | None = None, ax: Axes | None = None
+    model: Fitted,
+    adata: AnnData,
+    *,
+    n: int = 10,
+    channels: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
 ) -> Axes:
     """Draw images of cells, below them what a model makes of them and, if it knows poses, that object upright.
 
@@ -35,6 +44,10 @@ def reconstructions(
         Names of the channels, for a legend.
     ax
         Where to draw; by default a new figure.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -58,13 +71,15 @@ def reconstructions(
     >>> [label.get_text() for label in pl.reconstructions(model, adata, n=5).get_yticklabels()]
     ['image', 'model', 'upright']
     """
+    check_save(save)
     _check_of_images(model)
     cells = adata[:n]
     images = np.asarray(cells.obsm[model.program.schema.image_key])
     rows = {"image": images.reshape(len(images), *model.program.schema.channels), "model": model.reconstruct(cells)}
     if model.program.name == "pose":
         rows["upright"] = model.reconstruct(cells, pose=(0.0, 0.0, 0.0))
-    return grid_of(list(rows.values()), row_labels=list(rows), channels=channels, ax=ax)
+    ax = grid_of(list(rows.values()), row_labels=list(rows), channels=channels, ax=ax)
+    return finished(ax, show=show, save=save)
 
 
 def traversal(
@@ -76,6 +91,8 @@ def traversal(
     at: Any = None,
     channels: Sequence[str] | None = None,
     ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
 ) -> Axes:
     """Draw what a model of images makes of latent vectors along each dimension of the latent space.
 
@@ -95,6 +112,10 @@ def traversal(
         Names of the channels, for a legend.
     ax
         Where to draw; by default a new figure.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -118,6 +139,7 @@ def traversal(
     >>> [label.get_text() for label in pl.traversal(model).get_yticklabels()]
     ['z0', 'z1']
     """
+    check_save(save)
     _check_of_images(model)
     middle = np.zeros(model.n_latent) if at is None else np.asarray(at, dtype=np.float64)
     if middle.shape != (model.n_latent,):
@@ -127,13 +149,14 @@ def traversal(
         raise ValueError(f"dimensions are from 0 to {model.n_latent - 1}, not {list(chosen)}.")
     steps = np.linspace(-reach, reach, n)
     rows = [model.decode(middle + np.outer(steps, np.eye(len(middle))[i])) for i in chosen]
-    return grid_of(
+    ax = grid_of(
         rows,
         row_labels=[f"z{i}" for i in chosen],
         column_labels=[f"{step:+.1f}" for step in steps],
         channels=channels,
         ax=ax,
     )
+    return finished(ax, show=show, save=save)
 
 
 def poses(
@@ -144,6 +167,8 @@ def poses(
     n_angles: int = 8,
     channels: Sequence[str] | None = None,
     ax: Axes | None = None,
+    show: bool = False,
+    save: str | Path | None = None,
 ) -> Axes:
     """Draw cells as a model of poses renders them over a whole turn, beside their images.
 
@@ -161,6 +186,10 @@ def poses(
         Names of the channels, for a legend.
     ax
         Where to draw; by default a new figure.
+    show
+        Whether to show the figure at once; a notebook does so in any case.
+    save
+        File to save it to, such as ``"figure.pdf"``.
 
     Returns
     -------
@@ -184,6 +213,7 @@ def poses(
     >>> [label.get_text() for label in pl.poses(model, adata, n_angles=4).get_xticklabels()]
     ['image', '0°', '90°', '180°', '270°']
     """
+    check_save(save)
     _check_of_images(model)
     cells = adata[:n]
     images = np.asarray(cells.obsm[model.program.schema.image_key])
@@ -191,7 +221,8 @@ def poses(
     turned = [model.reconstruct(cells, pose=(float(angle), 0.0, 0.0)) for angle in angles]
     rows = np.stack([images.reshape(len(images), *model.program.schema.channels), *turned], axis=1)
     labels = ["image", *(f"{round(np.degrees(angle))}°" for angle in angles)]
-    return grid_of(list(rows), column_labels=labels, channels=channels, ax=ax)
+    ax = grid_of(list(rows), column_labels=labels, channels=channels, ax=ax)
+    return finished(ax, show=show, save=save)
 
 
 def _check_of_images(model: Fitted) -> None:
