@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["posterior_check"]
 
-_NAMED = 5  # worst genes that are named
+_NAMED = 3  # worst genes that are named
 
 
 def posterior_check(
@@ -43,10 +43,10 @@ def posterior_check(
     Returns
     -------
     numpy.ndarray of matplotlib.axes.Axes
-        Four: the residuals of all genes and cells in twentieths, relative to how many there should be (grey: 99 % of
-        the twentieths of a true model), with the worst genes as lines; fractions of zeros and variances of each gene,
-        measured over expected, the worst genes named; the part of held-out counts that the model explains, over the
-        mean of the gene.
+        Four: the residuals of all genes and cells in twentieths, relative to how many there should be, and those of the
+        three worst genes (grey: where 99 % of the twentieths of a gene lie if the model is true); fractions of zeros
+        and variances of each gene, measured over expected, and the part of the deviance of held-out counts that the
+        model explains, over the mean of the gene, the worst genes in the same colours.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def posterior_check(
     _both(panels[2], genes["variance_expected"], genes["variance"], "variance")
     panels[2].loglog()
     explained = genes["heldout_explained"]
-    panels[3].scatter(genes["mean"], explained, s=8, color="0.5", linewidths=0, rasterized=True)
+    _dots(panels[3], genes["mean"], explained)
     panels[3].axhline(0, color="0.2", linewidth=1)
     panels[3].set_xscale("log")
     panels[3].set_ylim(max(-1.0, min(-0.05, float(np.nanmin(explained)))), 1)
@@ -90,7 +90,7 @@ def _pit(panel: Any, check: PosteriorCheck) -> None:
     n = int(counts[0].sum())
     low, high = binom.ppf([0.005, 0.995], n, 1 / n_bins) / n * n_bins
     panel.axhspan(low, high, color="0.92", linewidth=0)
-    for i, (name, row) in enumerate(check.pit.head(3).iterrows()):
+    for i, (name, row) in enumerate(check.pit.head(_NAMED).iterrows()):
         panel.stairs(row / n * n_bins, edges, color=f"C{i + 1}", linewidth=1, baseline=None, label=str(name))
     panel.stairs(
         counts.sum(0) / counts.sum() * n_bins, edges, color="tab:blue", linewidth=2.5, baseline=None, label="all genes"
@@ -104,16 +104,16 @@ def _pit(panel: Any, check: PosteriorCheck) -> None:
 
 
 def _both(panel: Any, expected: Any, measured: Any, what: str) -> None:
-    """Draw a dot a gene, the line of equality, and the names of the worst."""
-    panel.scatter(expected, measured, s=8, color="0.5", linewidths=0, rasterized=True)
+    """Draw a dot a gene and the line of equality."""
     ends = [min(expected.min(), measured.min()), max(expected.max(), measured.max())]
     panel.plot(ends, ends, color="0.2", linewidth=1)
-    worst = expected.index[:_NAMED]
-    panel.scatter(expected[worst], measured[worst], s=14, color="tab:red", linewidths=0)
-    for name in worst:
-        panel.annotate(
-            str(name), (expected[name], measured[name]), xytext=(4, 0), textcoords="offset points",
-            fontsize="small", color="tab:red", va="center", style="italic",
-        )  # fmt: skip
+    _dots(panel, expected, measured)
     panel.set_xlabel(f"{what}, expected")
     panel.set_ylabel(f"{what}, measured")
+
+
+def _dots(panel: Any, x: Any, y: Any) -> None:
+    """Draw a dot a gene, the worst ones, which come first, larger and in the colours that their residuals have."""
+    panel.scatter(x, y, s=8, color="0.6", linewidths=0, rasterized=True)
+    for i in range(min(_NAMED, len(x))):
+        panel.scatter(x.iloc[i], y.iloc[i], s=36, color=f"C{i + 1}", edgecolors="white", linewidths=0.5, zorder=3)

@@ -107,7 +107,7 @@ def denoised(
         if i % n_columns == 0:
             panel.set_ylabel("counted")
         if i + n_columns >= len(names):
-            panel.set_xlabel("expected by the model")
+            panel.set_xlabel("expected")
     return finished(panels.ravel()[: len(names)], show=show, save=save)
 
 

@@ -121,10 +121,11 @@ def latent(
     names = [] if column is None or numbers is not None else list(column.astype("category").cat.categories)
     if names:
         marks = [pyplot().Line2D([], [], marker="o", linestyle="", color=colour) for colour in colours]
-        panels[0, n - 1].legend(
+        legend = panels[0, n - 1].legend(
             marks, [str(name) for name in names], title=key, loc="upper right", frameon=False,
             ncols=1 + (len(names) > 12), fontsize="small",
         )  # fmt: skip
+        legend.set_in_layout(False)
     elif numbers is not None and dots is not None:
         panels[0, 0].figure.colorbar(dots, ax=panels[0, n - 1], label=str(key), location="left")
     return finished(panels, show=show, save=save)

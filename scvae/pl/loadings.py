@@ -78,7 +78,7 @@ def loadings(
         raise ValueError(f"dimensions are from 0 to {table.shape[1] - 1}, not {chosen}.")
     n_columns = min(_COLUMNS, len(chosen))
     n_rows = math.ceil(len(chosen) / n_columns)
-    panels = panels_of(ax, n_rows, n_columns, (2.5 * n_columns, (0.6 + 0.22 * n_genes) * n_rows), gap=(0.7, 0.3))
+    panels = panels_of(ax, n_rows, n_columns, (2.5 * n_columns, (0.6 + 0.22 * n_genes) * n_rows), gap=(1.1, 0.3))
     for panel in panels.flat[len(chosen) :]:
         panel.set_axis_off()
     reach = 1.05 * table.iloc[:, chosen].abs().to_numpy().max()

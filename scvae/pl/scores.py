@@ -131,4 +131,12 @@ def _cell(ax: Any, x: float, y: float, value: float, colours: Any, is_total: boo
     else:
         ax.add_patch(Circle((x, y), 0.46 * np.sqrt(max(part, 0.02)), color=colour, linewidth=0))
     dark = part > 0.75 and not is_total
-    ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small", color="white" if dark else "black")
+    ax.text(
+        x,
+        y,
+        f"{round(value, 2) + 0.0:.2f}",
+        ha="center",
+        va="center",
+        fontsize="small",
+        color="white" if dark else "black",
+    )

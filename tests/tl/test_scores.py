@@ -27,6 +27,8 @@ def cells():
 
 
 def test_what_is_mixed_and_what_is_not_are_told_apart(cells, unchanged, process_unchanged):
+    import sklearn.metrics  # noqa: F401 - joblib draws from random when it is imported
+
     with unchanged(cells), process_unchanged():
         table = scvae.tl.integration_scores(cells, ["mixed", "apart", "noise"], "batch", "cell_type", metrics=OWN)
     assert list(table.index) == ["mixed", "apart", "noise", "PCA", "shuffled within type"]
