@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import anndata
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import typer.core
 
@@ -805,3 +806,52 @@ def test_ctrl_c_while_arguments_are_read_is_one_line_too(run, monkeypatch):
 
     monkeypatch.setattr(typer.core.TyperGroup, "make_context", interrupt)
     assert run("fit", DATA, "--model", "m") == (130, "", "scvae: interrupted; nothing is half-written\n")
+
+
+# ---- check and scores --------------------------------------------------------------------------------------
+
+
+def test_check_writes_what_the_function_returns(run, cells, model, fitted_model, adata, tmp_path):
+    adata.write_h5ad(cells)
+    code, out, err = run(
+        "check", "a.h5ad", "--model", "model", "--output", "genes.csv", "--cells", "cells.csv", "--figure", "check.png",
+        "--residuals", "out.h5ad", "--layer-added", "pit", "--n-samples", 3, "--heldout-fraction", 0.2,
+        "--split", "binomial", "--seed", 5, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    expected = scvae.tl.posterior_check(
+        model, adata, n_samples=3, heldout_fraction=0.2, split="binomial", layer_added="pit", seed=5
+    )
+    pd.testing.assert_frame_equal(pd.read_csv("genes.csv", index_col=0), expected.genes)
+    np.testing.assert_allclose(pd.read_csv("cells.csv", index_col=0), expected.cells)
+    np.testing.assert_array_equal(anndata.read_h5ad("out.h5ad").layers["pit"], adata.layers["pit"])
+    assert Path("check.png").read_bytes().startswith(b"\x89PNG")
+    assert repr(expected) in out
+    assert "genes: genes.csv\ncells: cells.csv\nfigure: check.png\nresiduals: out.h5ad\n" in out
+    code, out, _ = run("check", "a.h5ad", "--model", "model", "--n-samples", 1, "--quiet")
+    assert (code, "worst genes" in out) == (0, True)  # there is nothing else to show for it
+    code, _, err = run("check", "out.h5ad", "--model", "model", "--residuals", "o2.h5ad", "--layer-added", "pit")
+    assert (code, "name another" in err) == (1, True)
+    assert not (tmp_path / "o2.h5ad").exists()
+
+
+def test_scores_writes_what_the_function_returns(run):
+    arguments = ("scores", DATA, "--batch-key", "batch", "--labels-key", "cell_type", "--use-rep", "latent")
+    code, out, err = run(
+        *arguments, "--metric", "transfer", "--metric", "cilisi", "--output", "scores.csv", "--figure", "scores.pdf"
+    )
+    assert code == 0, err
+    table = scvae.tl.integration_scores(
+        anndata.read_h5ad(DATA), "latent", "batch", "cell_type", metrics=["transfer", "cilisi"]
+    )
+    pd.testing.assert_frame_equal(pd.read_csv("scores.csv", index_col=0), table)
+    assert Path("scores.pdf").read_bytes().startswith(b"%PDF")
+    assert "shuffled within type" in out
+    code, _, err = run(*arguments, "--metric", "cilisy")
+    assert (code, "Did you mean 'cilisi'?" in err) == (1, True)
+
+
+@pytest.mark.parametrize("option", ["--output", "--cells", "--figure", "--residuals"])
+def test_check_refuses_results_of_another_kind_before_the_work(run, cells, no_work, option):
+    code, _, err = run("check", "a.h5ad", "--model", "model", option, "out.docx")
+    assert (code, option in err) == (1, True)

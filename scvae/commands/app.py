@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
-from scvae.commands import choosing, clusters, demo, mapping, models
+from scvae.commands import choosing, clusters, demo, judging, mapping, models
 from scvae.commands.endings import Ended
 from scvae.inference import progress
 
@@ -23,6 +23,8 @@ _COMMANDS = (
     mapping.extend,
     mapping.transfer,
     clusters.cluster,
+    judging.check,
+    judging.scores,
     choosing.compare,
     choosing.tune,
     demo.demo,

@@ -32,6 +32,7 @@ from scvae.commands.results import (
     MODEL,
     TABLE,
     check,
+    check_drawing,
     end_if_interrupted,
     say,
     say_where,
@@ -83,7 +84,7 @@ def compare(
     check(results, inputs=[input, configurations], overwrite=overwrite)
     from scvae import comparing, pl
 
-    _check_drawing(figure)
+    check_drawing(figure)
     given = _read_json(configurations)
     adata = formats.read(input)
     with _naming(configurations):
@@ -165,7 +166,7 @@ def tune(
     check(results, inputs=inputs, overwrite=overwrite)
     from scvae import pl, tuning
 
-    _check_drawing(figure)
+    check_drawing(figure)
     given = None if configurations is None else _read_json(configurations)
     adata = formats.read(input)
     with _naming(configurations):
@@ -203,14 +204,6 @@ def _naming(configurations: Path | None) -> Iterator[None]:
         if configurations is None or not is_refusal(error):
             raise
         raise ValueError(f"{configurations}: {error}") from error
-
-
-def _check_drawing(figure: Path | None) -> None:
-    """Refuse a figure where matplotlib is missing, before the fits."""
-    if figure is not None:
-        from scvae.pl.axes import pyplot
-
-        pyplot()
 
 
 def _read_json(path: Path) -> Any:

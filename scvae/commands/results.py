@@ -22,6 +22,7 @@ __all__ = [
     "MODEL",
     "TABLE",
     "check",
+    "check_drawing",
     "end_if_interrupted",
     "say",
     "say_where",
@@ -59,6 +60,14 @@ def check(results: Mapping[str, tuple[Path | None, Sequence[str]]], *, inputs: S
             files.check_output(path, option, inputs=inputs, suffixes=suffixes, overwrite=overwrite)
             if suffixes == MODEL:
                 inputs = [*inputs, path]
+
+
+def check_drawing(figure: Path | None) -> None:
+    """Refuse a figure where matplotlib is missing, before the work."""
+    if figure is not None:
+        from scvae.pl.axes import pyplot
+
+        pyplot()
 
 
 def write_fitted(
