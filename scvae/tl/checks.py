@@ -185,7 +185,8 @@ def posterior_check(
     residuals = None if layer_added is None else np.full((len(cells), cells.n_genes), np.nan, dtype=np.float32)
     tally = _Tally(cells, kept)
     rng = np.random.default_rng(seed)
-    with alone(seed, model.device):
+    # Cells that were generated with the same seed are not to be judged by the very numbers that they were drawn with.
+    with alone(int(rng.integers(2**62)), model.device):
         for rows, batch in cells.minibatches(batch_size):
             given, effective = posterior_draw(model.program, batch, n_samples)
             of_x = _parameters(poutine.trace(poutine.condition(model.program.model, given)).get_trace(batch))
