@@ -81,6 +81,18 @@ def test_residuals_of_cells_drawn_from_the_model_are_uniform_in_200_repetitions(
     assert stats.kstest(pvalues, "uniform").pvalue > 0.01
 
 
+def test_cells_generated_with_the_same_seed_are_judged_by_other_random_numbers():
+    model = scaled()
+    latents, drawn_again = [], []
+    for seed in range(10):
+        cells = model.generate(40, seed=seed)
+        latents.append(cells.obsm["X_scvae"][:, 0])
+        seen = cells_of(np.full((40, 20), 3, np.float32))  # of which all have one posterior
+        scvae.tl.posterior_check(model, seen, n_samples=1, seed=seed, layer_added="residuals")
+        drawn_again.append(-seen.layers["residuals"].mean(1))  # the higher the draw of z, the lower the residuals
+    assert abs(np.corrcoef(np.concatenate(latents), np.concatenate(drawn_again))[0, 1]) < 0.2
+
+
 def test_a_wrong_mean_makes_them_not_uniform():
     model = scaled()
     with torch.no_grad():
