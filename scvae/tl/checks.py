@@ -18,6 +18,7 @@ is but near to the posterior, it is chosen among many by importance weights
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from scvae.data.cells import Batch, Cells
 from scvae.distributions import NegativeBinomial, Poisson, SparseCounts, ZeroInflatedNegativeBinomial
 from scvae.fitted import _own
 from scvae.inference.evidence import posterior_draw
+from scvae.inference.pace import pace_of
 
 if TYPE_CHECKING:
     from scvae.fitted import Fitted
@@ -186,9 +188,10 @@ def posterior_check(
     tally = _Tally(cells, kept)
     rng = np.random.default_rng(seed)
     # Cells that were generated with the same seed are not to be judged by the very numbers that they were drawn with.
-    with alone(int(rng.integers(2**62)), model.device):
+    own_seed, sizes = int(rng.integers(2**62)), {min(batch_size, len(cells))}
+    with alone(own_seed, model.device), pace_of(model.program, cells, sizes) as pace:
         for rows, batch in cells.minibatches(batch_size):
-            given, effective = posterior_draw(model.program, batch, n_samples)
+            given, effective = pace(partial(posterior_draw, model.program, batch, n_samples))
             of_x = _parameters(poutine.trace(poutine.condition(model.program.model, given)).get_trace(batch))
             x = batch.values.cpu().numpy().astype(np.float64)
             u = _residuals(x, of_x, rng)
