@@ -64,7 +64,7 @@ def posterior_check(
     'fraction of zeros, expected'
     """
     check_save(save)
-    panels = panels_of(ax, 2, 2, (8.5, 7), gap=(0.35, 0.4)).ravel()
+    panels = panels_of(ax, 2, 2, (8.5, 7), gap=(0.45, 0.5)).ravel()
     genes = check.genes
     _pit(panels[0], check)
     _both(panels[1], genes["zeros_expected"], genes["zeros"], "fraction of zeros")
