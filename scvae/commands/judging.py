@@ -48,7 +48,7 @@ def check(
         Path | None, typer.Option(help="Where to write the AnnData with a layer of residuals: .h5ad or .zarr.")
     ] = None,
     layer_added: Annotated[str, typer.Option(help="Layer of the residuals.")] = "residuals",
-    n_samples: Annotated[int, typer.Option(min=1, help="Draws of the posterior of each cell.")] = 128,
+    n_samples: Annotated[int, typer.Option(min=1, help="Draws of the posterior of each cell.")] = 32,
     heldout_fraction: Annotated[float, typer.Option(help="Fraction of the counts that is held out.")] = 0.1,
     split: Annotated[
         Split, typer.Option(help="How counts are split: by the model's own law, or each molecule by itself.")

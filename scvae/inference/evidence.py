@@ -92,7 +92,7 @@ def importance_weighted(program: Program, batch: Batch, n_samples: int = 256) ->
     return _log_mean_exp(log_weight, n_samples)
 
 
-def posterior_draw(program: Program, batch: Batch, n_samples: int = 128) -> tuple[dict[str, Tensor], Tensor]:
+def posterior_draw(program: Program, batch: Batch, n_samples: int = 32) -> tuple[dict[str, Tensor], Tensor]:
     r"""Draw the latents of each cell once, from what tends to their exact posterior, :math:`p(z \mid x)`.
 
     Of `n_samples` draws from the guide one is kept, each with a probability in proportion to its importance weight,

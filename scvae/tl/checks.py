@@ -45,7 +45,6 @@ __all__ = ["PosteriorCheck", "posterior_check"]
 
 _BINS = 1000  # of the residuals of a gene, from 0 to 1, in which their distance to the uniform is found
 _SHOWN = 20  # bins that are returned
-_MOST_PREDICTIVE = 32  # draws over which held-out counts are predicted
 _CLIP = 1e-12  # of u, in normal residuals
 
 
@@ -88,7 +87,7 @@ def posterior_check(
     model: Fitted,
     adata: AnnData,
     *,
-    n_samples: int = 128,
+    n_samples: int = 32,
     heldout_fraction: float = 0.1,
     split: str = "negative_binomial",
     layer_added: str | None = None,
@@ -116,8 +115,8 @@ def posterior_check(
     adata
         The cells.
     n_samples
-        Draws from the guide, of which one is chosen for the residuals: the more, the nearer it is to a draw from the
-        posterior. Over 32 of them at most held-out counts are predicted.
+        Draws from the guide: of so many one is chosen for the residuals (the more, the nearer it is to a draw from the
+        posterior), and over so many held-out counts are predicted.
     heldout_fraction
         Of the counts, that is taken out and predicted.
     split
@@ -200,9 +199,7 @@ def posterior_check(
             if residuals is not None:
                 residuals[at] = ndtri(u.clip(_CLIP, 1 - _CLIP))
             left = _split(x, of_x, kept if split == "binomial" else (kept, of_x.theta), rng)
-            tally.add_heldout(
-                at, x, left, *_predicted(model, batch, left, x - left, kept, split, min(n_samples, _MOST_PREDICTIVE))
-            )
+            tally.add_heldout(at, x, left, *_predicted(model, batch, left, x - left, kept, split, n_samples))
 
     check = tally.result([str(gene) for gene in schema.genes], adata.obs_names)
     if residuals is not None and layer_added is not None:
