@@ -45,6 +45,13 @@ class Schema:
     image_shape: tuple[int, ...] | None = None
     batch_key: Key | None = None
     size_factor_key: str | None = None
+    #: Column of ``.obs`` that holds labels, and what it says of cells that have none, beside missing values.
+    labels_key: str | None = None
+    unlabeled: str | None = None
+    #: Names of the labels that occur.
+    labels: tuple[str, ...] = ()
+    #: Cells that have one.
+    n_labelled: int = 0
     #: Names of the categories of each categorical covariate, the batch key first; those of combinations are tuples.
     categories: Mapping[Key, tuple[Any, ...]] = field(default_factory=dict)
     #: Mean and standard deviation of each continuous covariate.
@@ -68,8 +75,8 @@ class Schema:
     def columns(self) -> list[str | int]:
         """Columns of ``.obs`` that are read."""
         keys = [each for key in self.categories for each in (key if isinstance(key, tuple) else (key,))]
-        sizes = [] if self.size_factor_key is None else [self.size_factor_key]
-        return [*keys, *self.continuous, *sizes]
+        others = [key for key in (self.size_factor_key, self.labels_key) if key is not None]
+        return [*keys, *self.continuous, *others]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -113,6 +120,8 @@ class Batch:
         One-hot batch and categorical covariates, then standardised continuous ones, ``[n, n_covariates]``.
     size_factor
         ``[n]``, or None.
+    y
+        Code of the label of each, ``[n]``; -1 where it has none. None where labels are not given.
     """
 
     counts: SparseCounts | None
@@ -120,6 +129,7 @@ class Batch:
     s: Tensor
     covariates: Tensor
     size_factor: Tensor | None = None
+    y: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.s)
@@ -149,6 +159,8 @@ class Cells:
         What the columns mean.
     size_factor
         ``[n_cells]``, positive, or None.
+    labels
+        Integer codes of the labels, ``[n_cells]``, -1 where a cell has none; or None.
     device
         Where minibatches are made.
     """
@@ -160,6 +172,7 @@ class Cells:
         continuous: np.ndarray,
         schema: Schema,
         size_factor: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.schema = schema
@@ -174,6 +187,7 @@ class Cells:
         self.codes = self._tensor(codes, np.int64)
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
+        self.y = None if labels is None else self._tensor(labels, np.int64)
 
     def __len__(self) -> int:
         return self.n_cells
@@ -192,6 +206,7 @@ class Cells:
             self.schema.batch_of(codes),
             self.schema.covariates(codes, self.continuous.index_select(0, rows)),
             None if self.size_factor is None else self.size_factor.index_select(0, rows),
+            None if self.y is None else self.y.index_select(0, rows),
         )
 
     def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
