@@ -85,7 +85,8 @@ def needed(adata: AnnData, cells: np.ndarray, schemas: list[Schema], arguments: 
 
 def _without_covariates(schema: Schema) -> Schema:
     """Return what is modelled: the rest of a schema is what the model is told."""
-    return replace(schema, batch_key=None, size_factor_key=None, categories={}, continuous={}, check_counts=True)
+    data = replace(schema, batch_key=None, size_factor_key=None, categories={}, continuous={}, check_counts=True)
+    return replace(data, labels_key=None, unlabeled=None, labels=(), n_labelled=0)
 
 
 def drawn_split(adata: AnnData, keys: list[Key], test_fraction: float, seed: int) -> np.ndarray:

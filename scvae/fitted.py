@@ -614,7 +614,7 @@ class Fitted:
         content = json.loads(json.dumps(content, default=np.generic.item))
         files.write_model(path, content, weights, overwrite=overwrite)
 
-    def _cells(self, adata: AnnData, schema: Schema | None = None, **how: str) -> Cells:
+    def _cells(self, adata: AnnData, schema: Schema | None = None, **how: Any) -> Cells:
         with alone(0, self.device):
             cells = read_cells(adata, schema or self.program.schema, device=self.device, **how)
             if cells.missing is not None:
@@ -690,7 +690,7 @@ class Fitted:
         widths = [part[0].numel() for part in first.values()]
 
         def answer(batch: Batch) -> Tensor:
-            return torch.cat([part.reshape(len(part), -1) for part in _written(self.program, batch).values()], 1)
+            return torch.cat([part.reshape(len(part), -1) for part in _written(self.program, batch, key).values()], 1)
 
         def mix(answers: Iterable[Tensor], weights: Tensor) -> Tensor:
             latent, others = torch.stack(list(answers)).tensor_split([2 * widths[0]], -1)
@@ -700,12 +700,13 @@ class Fitted:
         parts = np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
         obs: dict[str, Any] = {}
         obsm: dict[str, np.ndarray] = {}
-        for (name, like), part in zip(first.items(), parts, strict=True):
-            place, full = _place(name, like, key)
+        for ((place, full), like), part in zip(first.items(), parts, strict=True):
             if place == "obsm":
                 obsm[full] = part.copy()
             elif like.dtype.is_floating_point:
                 obs[full] = part[:, 0]
+            elif full == f"{stem_of(key)}_label":
+                obs[full] = pd.Categorical.from_codes(part[:, 0].astype(int), list(self.program.schema.labels))
             else:
                 obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
         record = {
@@ -736,8 +737,10 @@ class Fitted:
             adata.uns[stem_of(key)] = record
 
 
-def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[str, Tensor]:
+def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[tuple[str, str], Tensor]:
     """Check that what a program says of each cell can be written under a key; return what it says of the first one.
+
+    The names of the result are those of :func:`_written`.
 
     Raises
     ------
@@ -746,22 +749,25 @@ def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> 
     """
     was = program.training
     with alone(0, cells.device):
-        first = _written(program.eval(), cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)))
+        first = _written(program.eval(), cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)), key)
     program.train(was)
     names: dict[str, list[str]] = {"obs": [], "obsm": []}
-    for name, like in first.items():
-        place, full = _place(name, like, key)
-        names[place].append(full)
+    for place, name in first:
+        names[place].append(name)
     schema = program.schema
     read: dict[str, list[Any]] = {"obs": schema.columns, "obsm": [schema.use_rep, schema.image_key]}
     check_free(adata, key, names["obs"], names["obsm"], read=read)
     return first
 
 
-def _written(program: Program, batch: Batch) -> dict[str, Tensor]:
-    """Return what is written of each cell, by name; the latent vector has none."""
+def _written(program: Program, batch: Batch, key: str) -> dict[tuple[str, str], Tensor]:
+    """Return what is written of each cell, by where it is, ``obs`` or ``obsm``, and its name there."""
     mean, std = program.embed(batch)
-    return {"": mean, "std": std, **program.per_cell(batch)}
+    found = {"": mean, "std": std, **program.per_cell(batch)}
+    written = {_place(name, part, key): part for name, part in found.items()}
+    if "label_probability" in found:
+        written["obs", f"{stem_of(key)}_label_probability"] = found["label_probability"].amax(-1)
+    return written
 
 
 def _place(name: str, like: Tensor, key: str) -> tuple[str, str]:

@@ -35,6 +35,8 @@ def fit(
     categorical_covariate_keys: str | Sequence[str] | None = (),
     continuous_covariate_keys: str | Sequence[str] | None = (),
     size_factor_key: str | None = None,
+    labels_key: str | None = None,
+    unlabeled: str | None = "Unknown",
     mask_var: str | None = "auto",
     check_counts: bool = True,
     n_latent: int | None = None,
@@ -68,6 +70,12 @@ def fit(
         combination that occurs is a batch.
     categorical_covariate_keys, continuous_covariate_keys
         Further columns whose effect is to be taken out. Continuous ones are standardised.
+    labels_key
+        Column of ``adata.obs`` with labels, such as cell types, of some of the cells or all. Components of the mixture
+        prior then stand for labels, and labels tell cells apart that counts alone do not. A label may be wrong: the
+        rate of errors is learnt.
+    unlabeled
+        What that column says of cells whose label is not known; missing values say so in any case.
     size_factor_key
         Column of ``adata.obs`` with size factors, for ``library="size_factor"``, which it implies.
     mask_var
@@ -103,6 +111,9 @@ def fit(
         each cell, ``[n_cells, n_latent]``; ``.obsm[key_added + "_std"]``, its standard deviation; what else the program
         infers of each cell in ``.obs["scvae_…"]`` (the library latent, as counts; the cluster, with
         ``prior="mixture"``) or ``.obsm[key_added + "_…"]``; ``.uns["scvae"]``, parameters and history. With
+        `labels_key`, ``.obs["scvae_label"]`` is the likeliest label of each cell by its counts, whatever label it was
+        given, ``.obs["scvae_label_probability"]`` its probability, and ``.obsm[key_added + "_label_probability"]`` that
+        of each label, ``[n_cells, n_labels]``, in the order of the categories of ``.obs["scvae_label"]``. With
         ``key_added="X_mine"`` these are ``.obs["mine_…"]`` and ``.uns["mine"]``.
 
     Raises
@@ -137,6 +148,14 @@ def fit(
             models = "images" if kind.of_images else "real numbers"
             raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models {models}.")
         options = {"library": "size_factor", **options}
+    if labels_key is not None:
+        if not kind.takes_labels:
+            able = " and ".join(repr(name) for name, each in PROGRAMS.items() if each.takes_labels)
+            raise ValueError(
+                f"labels_key belongs to programs with a mixture prior, {able}; {kind.name!r} takes no labels: leave "
+                "labels_key out, or name another program."
+            )
+        options = {"prior": "mixture", **options}
     training, options = split_options(kind, options)
     if kind.of_images and image_key is None:
         raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
@@ -152,12 +171,14 @@ def fit(
         categorical_covariate_keys=categorical_covariate_keys,
         continuous_covariate_keys=continuous_covariate_keys,
         size_factor_key=size_factor_key,
+        labels_key=labels_key,
+        unlabeled=unlabeled,
         mask_var=mask_var,
         check_counts=check_counts,
     )
     with alone(seed, where, gradient=True):
         made = kind(schema, **options)
-        cells = read_cells(adata, schema, device=where, mask_var=mask_var)
+        cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
         if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
             warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
         made.to(where).initialise(cells)

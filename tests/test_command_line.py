@@ -166,6 +166,7 @@ def test_every_option_reaches_the_function(run, monkeypatch):
         "fit", DATA, "--model", "model", "--layer", "counts",
         "--categorical-covariate-key", "donor", "--categorical-covariate-key", "sex",
         "--continuous-covariate-key", "age", "--size-factor-key", "size", "--mask-var", "chosen",
+        "--labels-key", "cell_type", "--unlabeled", "?",
         "--no-check-counts", "--overwrite", "--program", "vq_gaussian", "--use-rep", "panel", "--posterior", "iaf",
         "--prior", "vamp", "--likelihood", "nb", "--dispersion", "gene-batch", "--option", "n_hidden=64",
         "--option", "encode_covariates=false", "--option", "noise=gene", "--option", "noise_scale=null",
@@ -180,6 +181,7 @@ def test_every_option_reaches_the_function(run, monkeypatch):
     assert list(passed["categorical_covariate_keys"]) == ["donor", "sex"]
     assert list(passed["continuous_covariate_keys"]) == ["age"]
     assert passed["size_factor_key"] == "size"
+    assert (passed["labels_key"], passed["unlabeled"]) == ("cell_type", "?")
     assert passed["mask_var"] == "chosen"
     assert passed["check_counts"] is False
     assert passed["overwrite"] is True
@@ -470,6 +472,7 @@ def test_an_option_that_is_given_twice_is_refused(run, no_work):
         ("--batch-size", 1), ("--mask-var", ""), ("--layer", ""), ("--batch-key", ""), ("--use-rep", "X_umap"),
         ("--kl-weight", "nan"), ("--option", "dropout_rate=7"), ("--option", "prior=3"), ("--seed", 1.5),
         ("--size-factor-key", "batch"), ("--continuous-covariate-key", "batch"), ("--image-key", "x"), ("--what",),
+        ("--labels-key", "nothing"),
     ],
 )  # fmt: skip
 def test_no_wrong_argument_is_a_traceback(run, options):

@@ -90,6 +90,15 @@ def fit(
     size_factor_key: Annotated[
         str | None, typer.Option(help="Column of .obs with size factors, in place of a library size.")
     ] = None,
+    labels_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of .obs with labels of some of the cells, which the others are to get.", show_default=False
+        ),
+    ] = None,
+    unlabeled: Annotated[
+        str, typer.Option(help="What that column says of cells without a label, beside missing values.")
+    ] = "Unknown",
     mask_var: Annotated[
         str,
         typer.Option(
@@ -164,7 +173,8 @@ def fit(
     """Fit a model to raw counts; write the embedding, save the model, or both.
 
     The input is never changed. The output is the input with .obsm["X_scvae"] (posterior mean),
-    .obsm["X_scvae_std"], .obs["scvae_library"] and .uns["scvae"].
+    .obsm["X_scvae_std"], .obs["scvae_library"] and .uns["scvae"]; with --labels-key also .obs["scvae_label"],
+    .obs["scvae_label_probability"] and .obsm["X_scvae_label_probability"].
 
     For example:
 
@@ -173,6 +183,8 @@ def fit(
       scvae fit cells.h5ad --layer counts --likelihood nb --output out.h5ad
 
       scvae fit cells.h5ad --categorical-covariate-key donor --model model
+
+      scvae fit cells.h5ad --labels-key cell_type --unlabeled Unknown --output out.h5ad
 
       scvae fit cells.h5ad --prior mixture --option n_components=20 --output out.h5ad
 
@@ -198,6 +210,8 @@ def fit(
         categorical_covariate_keys=categorical_covariate_key or (),
         continuous_covariate_keys=continuous_covariate_key or (),
         size_factor_key=size_factor_key,
+        labels_key=labels_key,
+        unlabeled=unlabeled,
         mask_var=None if all_genes else mask_var,
         n_latent=n_latent,
         max_epochs=max_epochs,

@@ -45,6 +45,13 @@ class Schema:
     image_shape: tuple[int, ...] | None = None
     batch_key: Key | None = None
     size_factor_key: str | None = None
+    #: Column of ``.obs`` that holds labels, and what it says of cells that have none, beside missing values.
+    labels_key: str | None = None
+    unlabeled: str | None = None
+    #: Names of the labels that occur.
+    labels: tuple[str, ...] = ()
+    #: Cells that have one.
+    n_labelled: int = 0
     #: Names of the categories of each categorical covariate, the batch key first; those of combinations are tuples.
     categories: Mapping[Key, tuple[Any, ...]] = field(default_factory=dict)
     #: Mean and standard deviation of each continuous covariate.
@@ -68,8 +75,8 @@ class Schema:
     def columns(self) -> list[str | int]:
         """Columns of ``.obs`` that are read."""
         keys = [each for key in self.categories for each in (key if isinstance(key, tuple) else (key,))]
-        sizes = [] if self.size_factor_key is None else [self.size_factor_key]
-        return [*keys, *self.continuous, *sizes]
+        others = [key for key in (self.size_factor_key, self.labels_key) if key is not None]
+        return [*keys, *self.continuous, *others]
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -117,6 +124,8 @@ class Batch:
         Which genes were not measured, ``[G]``, bool: their likelihood is left out. None where all were.
     completed
         The counts with what is expected of those genes in their places; None where all were measured.
+    y
+        Code of the label of each, ``[n]``; -1 where it has none. None where labels are not given.
     """
 
     counts: SparseCounts | None
@@ -126,6 +135,7 @@ class Batch:
     size_factor: Tensor | None = None
     missing: Tensor | None = None
     completed: SparseCounts | None = None
+    y: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.s)
@@ -167,6 +177,8 @@ class Cells:
         Where minibatches are made.
     missing
         Which genes were not measured, ``[n_genes]``, bool; or None, which takes what is not there for 0.
+    labels
+        Integer codes of the labels, ``[n_cells]``, -1 where a cell has none; or None.
     """
 
     #: Puts what is expected of genes that were not measured in their places.
@@ -181,6 +193,7 @@ class Cells:
         size_factor: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         missing: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.schema = schema
         self.device = torch.device(device)
@@ -195,6 +208,7 @@ class Cells:
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
         self.missing = None if missing is None else self._tensor(missing, np.bool_)
+        self.y = None if labels is None else self._tensor(labels, np.int64)
 
     def __len__(self) -> int:
         return self.n_cells
@@ -214,6 +228,7 @@ class Cells:
             self.schema.covariates(codes, self.continuous.index_select(0, rows)),
             None if self.size_factor is None else self.size_factor.index_select(0, rows),
             self.missing,
+            y=None if self.y is None else self.y.index_select(0, rows),
         )
         return batch if self.complete is None else self.complete(batch)
 

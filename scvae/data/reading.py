@@ -48,6 +48,8 @@ def read_schema(
     categorical_covariate_keys: str | Sequence[str] | None = (),
     continuous_covariate_keys: str | Sequence[str] | None = (),
     size_factor_key: str | None = None,
+    labels_key: str | None = None,
+    unlabeled: str | None = "Unknown",
     mask_var: str | None = "auto",
     check_counts: bool = True,
 ) -> Schema:
@@ -85,6 +87,10 @@ def read_schema(
         if values.min() == values.max():
             warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
         continuous[key] = (float(values.mean()), float(values.std()) if values.min() < values.max() else 1.0)
+    y, labels = (np.empty(0), []) if labels_key is None else _labels(adata, labels_key, unlabeled)
+    if labels_key is not None and len(labels) < 2:
+        what = f"the single label {labels[0]!r}, so it tells nothing apart" if labels else "no label"
+        warnings.warn(f"{where_of(labels_key)} names {what}.", stacklevel=3)
     return Schema(
         genes=tuple(genes),
         kind=kind,
@@ -94,6 +100,10 @@ def read_schema(
         image_shape=image_shape,
         batch_key=batch,
         size_factor_key=size_factor_key,
+        labels_key=labels_key,
+        unlabeled=None if labels_key is None or unlabeled is None else name_of(unlabeled),
+        labels=tuple(labels),
+        n_labelled=int((y >= 0).sum()),
         categories=categories,
         continuous=continuous,
         check_counts=check_counts,
@@ -108,6 +118,7 @@ def read_cells(
     unknown_batch: str = "error",
     missing_genes: str = "error",
     mask_var: str | None = None,
+    with_labels: bool = False,
 ) -> Cells:
     """Read and check an AnnData, which is left as it is.
 
@@ -127,6 +138,8 @@ def read_cells(
         measured.
     mask_var
         By what the genes were chosen, for a message; None where they are those of a fitted model.
+    with_labels
+        Whether to read the labels, where the schema has any: they are for training only.
 
     Raises
     ------
@@ -178,7 +191,10 @@ def read_cells(
     _check_values(counts, adata, schema, where)
     if schema.kind == "counts" and schema.image_key is None:
         _check_not_empty(counts, adata, schema, where, mask_var)
-    return Cells(counts, codes, continuous, schema, size_factor, device, missing)
+    labels = None
+    if with_labels and schema.labels_key is not None and schema.labels:
+        labels, _ = _labels(adata, schema.labels_key, schema.unlabeled)
+    return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels)
 
 
 def with_new_batches(adata: AnnData, schema: Schema, batch_key: Key | None = None) -> tuple[Schema, np.ndarray]:
@@ -235,6 +251,18 @@ def column_of(adata: AnnData, key: str | int) -> pd.Series:
     ValueError
         If it is there twice, or is missing in some cells.
     """
+    column = _any_column_of(adata, key)
+    missing = column.isna().to_numpy()
+    if missing.any():
+        raise ValueError(
+            f"adata.obs[{key!r}] is missing (NaN) in "
+            f"{_these(adata, missing, 'fill it in, or leave those cells out', 'fill it in, or name another column')}."
+        )
+    return column
+
+
+def _any_column_of(adata: AnnData, key: str | int) -> pd.Series:
+    """Return a column of ``.obs``, values of which may be missing."""
     if key not in adata.obs:
         raise KeyError(f"adata.obs has no column {key!r}; it has {some(adata.obs.columns) or 'none'}.")
     column = adata.obs[key]
@@ -243,13 +271,25 @@ def column_of(adata: AnnData, key: str | int) -> pd.Series:
             f"adata.obs has {column.shape[1]} columns of the name {key!r}: keep one, "
             "adata.obs = adata.obs.loc[:, ~adata.obs.columns.duplicated()]."
         )
-    missing = column.isna().to_numpy()
-    if missing.any():
-        raise ValueError(
-            f"adata.obs[{key!r}] is missing (NaN) in "
-            f"{_these(adata, missing, 'fill it in, or leave those cells out', 'fill it in, or name another column')}."
-        )
     return column
+
+
+def _labels(adata: AnnData, key: str, unlabeled: str | None) -> tuple[np.ndarray, list[str]]:
+    """Return the code of each cell's label, ``[n_cells]``, -1 where it has none, and the names of the labels."""
+    column = _any_column_of(adata, key)
+    known = column.notna().to_numpy()
+    codes = np.full(adata.n_obs, -1)
+    codes[known], names = named(column[known], where_of(key))
+    none = None if unlabeled is None else name_of(unlabeled)
+    labels = [name for name in names if name != none]
+    alike = [name for name in names if none is not None and name.casefold() == none.casefold()]
+    if alike and none not in alike:
+        raise ValueError(
+            f"{where_of(key)} calls cells {alike[0]!r}, which would be a label, as unlabeled={none!r} is written "
+            f"otherwise: pass unlabeled={alike[0]!r}, or None if it is a label."
+        )
+    place = np.array([*(labels.index(name) if name != none else -1 for name in names), -1])
+    return place[codes], labels
 
 
 def _these(adata: AnnData, cells: np.ndarray, remedy: str, remedy_of_all: str = "name another column") -> str:

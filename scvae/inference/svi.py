@@ -90,6 +90,7 @@ class Training(Options):
     risen_at: ClassVar[float] = 0.05  # fractions of the fewest steps
     settled_at: ClassVar[tuple[float, ...]] = (0.025, 0.075, 0.15)
     max_settling_cells: ClassVar[int] = 2048
+    max_assigned_cells: ClassVar[tuple[int, int]] = (1024, 65536)  # with labels: at an evaluation, and at the last one
     level: ClassVar[float] = 0.7  # of all steps are taken before the rate falls
     #: In the fall the noise of large steps goes, which shrinks too: the rates of decay make up for it.
     decay_in_fall: ClassVar[float] = 2.0
@@ -230,6 +231,11 @@ def train(
                         _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
                 if not evaluate:
                     continue
+                if cells.y is not None:
+                    used = rows if fall is None or step.taken < fall else everyone
+                    n_assigned = training.max_assigned_cells[step.taken == until]
+                    with pace.steady():
+                        _assign_labels(program, cells, used[cells.y[used] >= 0], n_assigned)
                 since = step.taken - (history[-1]["step"] if history else 0)
                 log_likelihood, kl = (step.sums / since).tolist()
                 step.sums.zero_()
@@ -298,6 +304,16 @@ def _settle(program: Program, cells: Cells, rows: Tensor) -> None:
     program.eval()
     program.settle(cells, rows)
     program.train()
+
+
+@torch.no_grad()
+def _assign_labels(program: Program, cells: Cells, rows: Tensor, most: int) -> None:
+    if len(rows) > most:
+        rows = rows[torch.randperm(len(rows))[:most].to(rows.device)]
+    if len(rows):
+        program.eval()
+        program.assign_labels(cells, rows)
+        program.train()
 
 
 def _fault(step: Step, recent: Sequence[Tensor]) -> NonFiniteLoss:

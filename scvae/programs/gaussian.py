@@ -51,6 +51,7 @@ class Gaussian(Program):
     """
 
     name = "gaussian"
+    takes_labels = True
     kind = "real"
 
     @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Gaussian(Program):
         self.encoder = Layers(n_genes + n_covariates, 0, o.n_hidden, n_layers, o.dropout_rate)
         self.q_z = o.make_posterior(self.encoder.n_out)
         self.decoder = RealDecoder(schema, o.n_latent, o.n_hidden, n_layers, o.noise, o.noise_scale)
-        self.p_z = o.make_prior(n_genes, schema.n_covariates)
+        self.p_z = o.make_prior(n_genes, schema.n_covariates, schema)
 
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean of each batch."""
@@ -100,6 +101,7 @@ class Gaussian(Program):
         """z -> x."""
         with pyro.plate("cells", len(batch)):
             z = pyro.sample("z", self.p_z(self.q_of))  # [n, d]
+            self.observe_label(z, batch)  # [n]
             pyro.sample("x", self.decoder(z, batch), obs=None if batch.counts is None else batch.values)  # [n, G]
 
     def guide(self, batch: Batch) -> None:
@@ -128,4 +130,4 @@ class Gaussian(Program):
 
     def per_cell(self, batch: Batch) -> dict[str, Tensor]:
         """Return what the prior says of ``z``."""
-        return self.p_z.per_cell(self.embed(batch)[0])
+        return self.p_z.per_cell(*self.embed(batch))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from scvae.boundary.options import Flag, Fraction, NonNegative, Options, Positive, Range, Whole
+from scvae.data.cells import Schema
 from scvae.modules.posteriors import posterior_of
 from scvae.modules.priors import prior_of
 
@@ -51,7 +52,8 @@ class LatentOptions(NetworkOptions):
     prior
         ``"normal"``, ``"mixture"`` or ``"vamp"`` (:mod:`scvae.modules.priors`). The mixture clusters the cells.
     n_components
-        Components of a mixture or VampPrior.
+        Components of a mixture or VampPrior, by default 20 and 50. With labels the mixture has one for each eight
+        labelled cells, at most 40, and at least five more than there are labels.
     """
 
     posterior: Literal["normal", "full", "low_rank", "iaf", "iaf_stable"] = "normal"
@@ -65,8 +67,12 @@ class LatentOptions(NetworkOptions):
         flow = {"flow_depth": self.flow_depth, "flow_width": self.flow_width}
         return posterior_of(self.posterior, n_in, self.n_latent, **flow)
 
-    def make_prior(self, n_in: int, n_covariates: int) -> nn.Module:
-        """Return the prior; a VampPrior learns what the encoder takes, `n_in` numbers and the covariates."""
+    def make_prior(self, n_in: int, n_covariates: int, schema: Schema | None = None) -> nn.Module:
+        """Return the prior.
+
+        A VampPrior learns what the encoder takes, `n_in` numbers and the covariates; a mixture prior has components of
+        the labels that the schema names.
+        """
         return prior_of(
             self.prior,
             self.n_latent,
@@ -74,6 +80,8 @@ class LatentOptions(NetworkOptions):
             n_components=self.n_components,
             n_in=n_in,
             n_covariates=n_covariates,
+            n_labels=0 if schema is None else len(schema.labels),
+            n_labelled=0 if schema is None else schema.n_labelled,
         )
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
+import pyro
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from scvae.boundary.options import Options
@@ -44,6 +46,8 @@ class Program(nn.Module, ABC):
     kind: ClassVar[str] = "counts"
     #: Whether it models images, ``image_key``, and not genes.
     of_images: ClassVar[bool] = False
+    #: Whether labels can be given, ``labels_key``.
+    takes_labels: ClassVar[bool] = False
     #: Settings of :class:`~scvae.inference.svi.Training` that it takes where the user gives none.
     defaults: ClassVar[Mapping[str, Any]] = {}
     #: Name of the site of the latent vector.
@@ -132,10 +136,27 @@ class Program(nn.Module, ABC):
         """
         refit = getattr(getattr(self, "p_z", None), "refit", None)
         if refit is not None:
-            moments = [self.embed(batch) for _, batch in cells.minibatches(1024, rows)]
-            mean, std = map(torch.cat, zip(*moments, strict=True))
+            found = [(part, *self.embed(batch)) for part, batch in cells.minibatches(1024, rows)]
+            part, mean, std = map(torch.cat, zip(*found, strict=True))
             if (mean + std).isfinite().all():  # or else the next step says what is at fault
-                refit(torch.normal(mean, std))
+                refit(torch.normal(mean, std), *([] if cells.y is None else [cells.y[part]]))
+
+    def observe_label(self, z: Tensor, batch: Batch) -> None:
+        """Declare the label that is given, ``y``, ``[n]``, in cells that have one; nothing where labels are not known.
+
+        Within the plate of the cells, in programs that have a :class:`~scvae.modules.priors.LabelledMixturePrior`.
+        """
+        if batch.y is not None:
+            prior: Any = self.p_z
+            with poutine.scale(scale=prior.label_weight), poutine.mask(mask=batch.y >= 0):
+                pyro.sample("y", prior.given(z), obs=batch.y.clamp(min=0))
+
+    def assign_labels(self, cells: Cells, rows: Tensor) -> None:
+        """Fit what the labels say of the components to these cells, all of which have one: at each evaluation."""
+        prior: Any = self.p_z
+        minibatches = cells.minibatches(1024, rows)
+        found = [(prior.mean_responsibilities(*self.embed(batch)), batch.y) for _, batch in minibatches]
+        prior.assign(*map(torch.cat, zip(*found, strict=True)))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights that training shrinks, at ``weight_decay`` to start with; by default none."""
@@ -157,6 +178,7 @@ class Program(nn.Module, ABC):
         """Return further latents of each cell by name.
 
         Numbers, ``[n]``, are written to ``.obs`` as ``scvae_<name>`` (or what `key_added` begins with in the place of
-        ``scvae``), integers among them as categories; vectors, ``[n, k]``, to ``.obsm`` as ``<key_added>_<name>``.
+        ``scvae``), integers among them as categories, ``label`` with the names of the labels; vectors, ``[n, k]``, to
+        ``.obsm`` as ``<key_added>_<name>``, and the largest number of ``label_probability`` to ``.obs`` besides.
         """
         return {}

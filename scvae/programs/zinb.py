@@ -63,6 +63,7 @@ class ZINB(Program):
     """
 
     name = "zinb"
+    takes_labels = True
 
     @dataclass(frozen=True, kw_only=True)
     class Options(CountOptions, LatentOptions):
@@ -98,7 +99,7 @@ class ZINB(Program):
         self.q_z = o.make_posterior(self.encoder.n_out)
         self.of_l = Linear(self.encoder.n_out, 2)  # delta, and what tau is made of
         self.decoder = CountDecoder(schema, o.n_latent, o.n_hidden, o.n_layers, o.likelihood, o.dispersion)
-        self.p_z = o.make_prior(n_genes, n_covariates)
+        self.p_z = o.make_prior(n_genes, n_covariates, schema)
 
         self.register_buffer("m", torch.zeros(n_batches + 1))  # the last is for cells of a batch that is not known
         self.register_buffer("v", torch.ones(n_batches + 1))
@@ -134,6 +135,7 @@ class ZINB(Program):
         """z, l -> x."""
         with pyro.plate("cells", len(batch)):
             z = pyro.sample("z", self.p_z(self.q_of))  # [n, d]
+            self.observe_label(z, batch)  # [n]
             if self.library_kind == "latent" or batch.counts is None:  # cells that are drawn have no observed total
                 l = pyro.sample("l", LogNormal(self.m[batch.s], self.v[batch.s].sqrt()))  # [n]
             else:
@@ -188,7 +190,7 @@ class ZINB(Program):
         """Return the posterior mean of ``l``, ``[n]``, where it is latent, and what the prior says of ``z``."""
         h = self.encode(batch)
         library = {"library": self.mean_l(h, batch)} if self.library_kind == "latent" else {}
-        return {**library, **self.p_z.per_cell(self.q_z.moments(h)[0])}
+        return {**library, **self.p_z.per_cell(*self.q_z.moments(h))}
 
 
 _MIN_SCALE = 1e-4  # of log l in the guide
