@@ -616,7 +616,7 @@ class Fitted:
         ((50, 4), (50, 4))
         """
         with alone(0, self.device):
-            found = self.program.loadings()
+            found = self.program.gene_loadings()
         if found is None:
             raise ValueError(
                 "The decoder of this model is not linear, so that its genes have no loadings: fit the program 'zinb' "
@@ -828,7 +828,7 @@ def _written(program: Program, batch: Batch, key: str) -> dict[tuple[str, str], 
 
 def _of_genes(program: Program) -> dict[str, Tensor]:
     """Return what is written of each gene, by name, ``[n_genes, k]``."""
-    found = program.loadings() if program.schema.use_rep is None and program.schema.image_key is None else None
+    found = program.gene_loadings() if program.schema.use_rep is None and program.schema.image_key is None else None
     return {} if found is None else {"loadings": found}
 
 

@@ -173,12 +173,12 @@ class Cells:
         What the columns mean.
     size_factor
         ``[n_cells]``, positive, or None.
-    labels
-        Integer codes of the labels, ``[n_cells]``, -1 where a cell has none; or None.
     device
         Where minibatches are made.
     missing
         Which genes were not measured, ``[n_genes]``, bool; or None, which takes what is not there for 0.
+    labels
+        Integer codes of the labels, ``[n_cells]``, -1 where a cell has none; or None.
     """
 
     #: Puts what is expected of genes that were not measured in their places.
@@ -191,9 +191,9 @@ class Cells:
         continuous: np.ndarray,
         schema: Schema,
         size_factor: np.ndarray | None = None,
-        labels: np.ndarray | None = None,
         device: torch.device | str = "cpu",
         missing: np.ndarray | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.schema = schema
         self.device = torch.device(device)
@@ -228,8 +228,7 @@ class Cells:
             self.schema.covariates(codes, self.continuous.index_select(0, rows)),
             None if self.size_factor is None else self.size_factor.index_select(0, rows),
             self.missing,
-            None,
-            None if self.y is None else self.y.index_select(0, rows),
+            y=None if self.y is None else self.y.index_select(0, rows),
         )
         return batch if self.complete is None else self.complete(batch)
 

@@ -194,7 +194,7 @@ def read_cells(
     labels = None
     if with_labels and schema.labels_key is not None and schema.labels:
         labels, _ = _labels(adata, schema.labels_key, schema.unlabeled)
-    return Cells(counts, codes, continuous, schema, size_factor, labels, device, missing)
+    return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels)
 
 
 def with_new_batches(adata: AnnData, schema: Schema, batch_key: Key | None = None) -> tuple[Schema, np.ndarray]:

@@ -124,7 +124,7 @@ class Gaussian(Program):
         """Return mean and standard deviation of ``q(z | x)``, each ``[n, d]``."""
         return self.q_z.moments(self.encode(batch))
 
-    def loadings(self) -> Tensor | None:
+    def gene_loadings(self) -> Tensor | None:
         """Return what each latent dimension does to each gene, ``[G, d]``; None of a decoder that is not linear."""
         return self.decoder.loadings()
 

@@ -170,7 +170,7 @@ class Program(nn.Module, ABC):
         """Return numbers by name that the history is to hold at each evaluation, beside the ELBO; by default none."""
         return {}
 
-    def loadings(self) -> Tensor | None:
+    def gene_loadings(self) -> Tensor | None:
         """Return what each latent dimension does to each gene, ``[G, d]``, where that is a number; by default None."""
         return None
 

@@ -179,7 +179,7 @@ class VQ(Program):
         """Return ``rho`` of the code nearest to ``z``, ``[n, G]``."""
         return self.decoder.rho(self.quantise(z), batch)
 
-    def loadings(self) -> Tensor | None:
+    def gene_loadings(self) -> Tensor | None:
         """Return what each latent dimension does to each gene, ``[G, d]``; None of a decoder that is not linear."""
         return self.decoder.loadings()
 

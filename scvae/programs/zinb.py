@@ -174,7 +174,7 @@ class ZINB(Program):
         """Return ``rho``, ``[n, G]``."""
         return self.decoder.rho(z, batch)
 
-    def loadings(self) -> Tensor | None:
+    def gene_loadings(self) -> Tensor | None:
         """Return what each latent dimension does to each gene, ``[G, d]``; None of a decoder that is not linear."""
         return self.decoder.loadings()
 
