@@ -100,7 +100,8 @@ def integration_scores(
     for kind, (title, _) in _GROUPS.items():
         places = [across[name] for name in columns if kinds[name] == kind]
         if places:
-            ax.text(float(np.mean(places)), -1.62, title, ha="center", va="center", fontweight="bold")
+            text = title if len(places) > 1 else title.replace(" ", "\n")
+            ax.text(float(np.mean(places)), -1.44, text, ha="center", va="bottom", fontweight="bold")
             ax.plot([min(places) - 0.4, max(places) + 0.4], [-1.36, -1.36], color="0.3", linewidth=1)
     for name in columns:
         ax.text(across[name], -0.95, _TITLES[name], ha="center", va="center", fontsize="small")
@@ -109,7 +110,7 @@ def integration_scores(
     ax.set_yticks(down, [str(name) for name in rows.index])
     ax.set_xticks([])
     ax.set_xlim(-0.6, position - 0.4)
-    ax.set_ylim(down[-1] + 0.55, -1.9)
+    ax.set_ylim(down[-1] + 0.55, -2.1)
     ax.set_aspect("equal")
     ax.tick_params(length=0)
     ax.set_frame_on(False)
