@@ -171,8 +171,8 @@ class LabelledMixturePrior(MixturePrior):
     Examples
     --------
     >>> prior = LabelledMixturePrior(2, n_components=3, n_labels=2)
-    >>> prior.probability(torch.zeros(1, 2)).tolist()
-    [[0.5, 0.5]]
+    >>> [round(p, 2) for p in prior.probability(torch.zeros(1, 2))[0].tolist()]
+    [0.5, 0.5]
     """
 
     #: How often the label of a cell counts, which is one number beside the thousands that the cell has of genes.

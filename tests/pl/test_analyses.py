@@ -110,7 +110,7 @@ def test_scores_are_written_best_first_with_controls_below(adata):
     ax = pl.integration_scores(scores())
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a", "PCA"]
     texts = [text.get_text() for text in ax.texts]
-    assert {"1.00", "0.00", "0.90", "–", "Label\ntransfer", "Biology kept", "Batches mixed", "Totals"} <= set(texts)
+    assert {"1.00", "0.00", "0.90", "–", "Label\ntransfer", "Biology kept", "Batches\nmixed", "Totals"} <= set(texts)
     assert "-0.00" not in texts
     radii = [patch.radius for patch in ax.patches if hasattr(patch, "radius")]
     assert max(radii) == radii[0] == pytest.approx(0.46)  # of 1, in the first row
