@@ -178,12 +178,14 @@ def _pca(adata: AnnData, layer: str | None, seed: int) -> np.ndarray:
     plain = AnnData(counts_of(adata, layer=layer, mask_var=None).copy(), adata.obs[[]], marks)
     n_genes = plain.n_vars if marks is None else int(marks["highly_variable"].sum())
     threads = torch.get_num_threads()  # which numba, in scanpy, changes for the whole process
+    random_state = np.random.get_state()  # noqa: NPY002  # earlier versions of scanpy seed it
     try:
         sc.pp.normalize_total(plain, target_sum=1e4)
         sc.pp.log1p(plain)
         sc.pp.pca(plain, n_comps=min(_COMPONENTS, n_genes - 1, plain.n_obs - 1), random_state=seed)
     finally:
         torch.set_num_threads(threads)
+        np.random.set_state(random_state)  # noqa: NPY002
     return np.asarray(plain.obsm["X_pca"])
 
 
