@@ -369,10 +369,7 @@ class Fitted:
             )
         result = self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
         if layer_added is not None:
-            layer = np.full(adata.shape, np.nan, dtype=np.float32)
-            place = {name: i for i, name in enumerate(map(str, genes))}
-            at = np.array([place.get(name, -1) for name in adata.var_names.astype(str)])
-            layer[:, at >= 0] = result[:, at[at >= 0]]
+            layer = of_all_genes(result, genes, adata)
             with _own(adata):
                 adata.layers[layer_added] = layer
         return pd.DataFrame(result, index=adata.obs_names, columns=[str(g) for g in genes]) if as_frame else result
@@ -758,7 +755,8 @@ class Fitted:
             else:
                 obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
         varm = {
-            f"{key}_{name}": _by_gene(values, self.genes, adata) for name, values in _of_genes(self.program).items()
+            f"{key}_{name}": of_all_genes(values.T.cpu().numpy(), self.genes, adata).T.copy()
+            for name, values in _of_genes(self.program).items()
         }
         record = {
             "version": version("scvae-pyro"),
@@ -832,11 +830,12 @@ def _of_genes(program: Program) -> dict[str, Tensor]:
     return {} if found is None else {"loadings": found}
 
 
-def _by_gene(values: Tensor, genes: Sequence[str], adata: AnnData) -> np.ndarray:
-    """Return an array with a row for each gene of the AnnData, NaN for those that are not among `genes`."""
-    result = np.full((adata.n_vars, values.shape[1]), np.nan, dtype=np.float32)
-    at = pd.Index(genes).get_indexer(adata.var_names.astype(str))
-    result[at >= 0] = values.cpu().numpy()[at[at >= 0]]
+def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData) -> np.ndarray:
+    """Return ``[n, n_vars]`` of ``[n, n_genes]``: NaN for the genes of the AnnData that are not among `genes`."""
+    result = np.full((len(values), adata.n_vars), np.nan, dtype=np.float32)
+    place = {name: i for i, name in enumerate(map(str, genes))}
+    at = np.array([place.get(name, -1) for name in adata.var_names.astype(str)])
+    result[:, at >= 0] = values[:, at[at >= 0]]
     return result
 
 

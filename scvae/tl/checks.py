@@ -34,7 +34,7 @@ from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.cells import Batch, Cells
 from scvae.distributions import NegativeBinomial, Poisson, SparseCounts, ZeroInflatedNegativeBinomial
-from scvae.fitted import _own
+from scvae.fitted import _own, of_all_genes
 from scvae.inference.evidence import posterior_draw
 from scvae.inference.pace import pace_of
 
@@ -204,10 +204,7 @@ def posterior_check(
 
     check = tally.result([str(gene) for gene in schema.genes], adata.obs_names)
     if residuals is not None and layer_added is not None:
-        layer = np.full(adata.shape, np.nan, dtype=np.float32)
-        place = {str(gene): i for i, gene in enumerate(schema.genes)}
-        column = np.array([place.get(name, -1) for name in adata.var_names.astype(str)])
-        layer[:, column >= 0] = residuals[:, column[column >= 0]]
+        layer = of_all_genes(residuals, schema.genes, adata)
         with _own(adata):
             adata.layers[layer_added] = layer
     return check
