@@ -236,7 +236,7 @@ class Cells:
 
     def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
         """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""
-        if self.device.type == "cpu" and not padded:
+        if operations.are_for(self.offsets) and not padded:
             return operations.take_rows(self.values, self.genes, self.offsets, rows)
         n = len(rows)
         start = self.offsets[rows]
@@ -248,7 +248,7 @@ class Cells:
         cell = torch.repeat_interleave(length, output_size=n_nonzero)
         entry = shift[cell] + torch.arange(len(cell), device=self.device)
         if padded:
-            entry = torch.where(cell < n, entry, self.offsets[rows[-1] + 1] - 1)
+            entry = torch.where(cell < n, entry, self.offsets[rows[-1:] + 1] - 1)
         return _take(self.values, entry), cell, _take(self.genes, entry)
 
     def parts(self, size: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:

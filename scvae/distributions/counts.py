@@ -150,7 +150,7 @@ class _LogProb(torch.autograd.Function):
 
 
 def _has_kernel(*parameters: Tensor | None) -> bool:
-    return all(p is None or (p.dtype == torch.float32 and p.device.type == "cpu") for p in parameters)
+    return all(p is None or (p.dtype == torch.float32 and operations.are_for(p)) for p in parameters)
 
 
 def _by_kernel(

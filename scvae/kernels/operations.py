@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "are_for",
     "batch_norm",
     "batch_norm_backward",
     "by_column",
@@ -169,6 +170,11 @@ batch_norm_backward = torch.ops.scvae.batch_norm_backward.default
 take_rows = torch.ops.scvae.take_rows.default
 by_column = torch.ops.scvae.by_column.default
 log_prob = torch.ops.scvae.log_prob.default
+
+
+def are_for(tensor: Tensor) -> bool:
+    """Tell whether these operations compute with such a tensor: on a CPU they do, elsewhere torch's own do."""
+    return tensor.device.type == "cpu"
 
 
 def loops_are_compiled() -> bool:

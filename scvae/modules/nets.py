@@ -29,7 +29,7 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
 
     def forward(self, x: SparseCounts | Tensor) -> Tensor:  # noqa: D102
-        if isinstance(x, Tensor) or self.weight.is_cuda:
+        if isinstance(x, Tensor) or not operations.are_for(self.weight):
             return product_of(x if isinstance(x, Tensor) else x.dense(), self.weight.t()) + self.bias
         return _SparseProduct.apply(self.weight, x) + self.bias
 
@@ -76,7 +76,7 @@ class _Product(torch.autograd.Function):
 
 def product_of(x: Tensor, weight: Tensor) -> Tensor:
     """Return ``x @ weight.T``; on a CPU the same numbers in any number of threads."""
-    if x.is_cuda or x.dim() != 2:
+    if x.dim() != 2 or not operations.are_for(x):
         return linear(x, weight)
     return _Product.apply(x, weight)
 
@@ -104,7 +104,7 @@ class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation, ``[n, n_hidden]``, the same in any number of threads, by which torch's own adds up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if not operations.are_for(x):
             return super().forward(x)
         if self.training:
             self.num_batches_tracked.add_(1)
@@ -172,7 +172,7 @@ class LinearWithCovariates(nn.Module):
         out = self.main(x)
         if self.covariates is None:
             return out
-        if out.is_cuda:
+        if not operations.are_for(out):
             return out.addmm_(covariates, self.covariates)
         return _Added.apply(out, covariates, self.covariates)
 

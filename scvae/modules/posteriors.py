@@ -124,7 +124,24 @@ class LowRankNormal(nn.Module):
 
     def forward(self, h: Tensor) -> TorchDistribution:  # noqa: D102
         loc, factor, diagonal = self._parameters_of(h)
-        return LowRankMultivariateNormal(loc, factor, diagonal)
+        return _LowRank(loc, factor, diagonal)
+
+
+class _LowRank(LowRankMultivariateNormal):
+    """torch's, which waits for a GPU to tell whether its Cholesky factor exists; it does, or numbers are not finite."""
+
+    def __init__(self, loc: Tensor, cov_factor: Tensor, cov_diag: Tensor) -> None:
+        self.loc, self.cov_factor, self.cov_diag = loc, cov_factor, cov_diag
+        self._unbroadcasted_cov_factor, self._unbroadcasted_cov_diag = cov_factor, cov_diag
+        one = torch.eye(cov_factor.shape[-1], device=loc.device)
+        self._capacitance_tril, _ = torch.linalg.cholesky_ex(
+            one + (cov_factor.mT / cov_diag.unsqueeze(-2)) @ cov_factor
+        )
+        TorchDistribution.__init__(self, loc.shape[:-1], loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> LowRankMultivariateNormal:
+        """Return this distribution with another batch shape, to which the present one broadcasts."""
+        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
 
 
 class IAF(nn.Module):
