@@ -176,7 +176,7 @@ class _Adam:
 
     def step(self, gradients: Sequence[Tensor | None], rate: Tensor, n_taken: Tensor) -> None:
         """Take a step of that size along the gradients, where there are any; `n_taken`, a float, counts it too."""
-        used = [(*state, g) for state, g in zip(self.states, gradients, strict=True) if g is not None]
+        used = [(*state, _as(state[0], g)) for state, g in zip(self.states, gradients, strict=True) if g is not None]
         if not used:
             return
         parameters, means, squares, given = map(list, zip(*used, strict=True))
@@ -195,3 +195,10 @@ class _Adam:
             amsgrad=False,
             maximize=False,
         )
+
+
+def _as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient in the layout of the parameter, for the kernel goes through the memory of both alike."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -113,6 +113,7 @@ def test_adam_is_that_of_torch():
     torch.manual_seed(0)
     start, gradients = torch.randn(4, 3), torch.randn(6, 4, 3)
     ours, theirs = start.clone(), torch.nn.Parameter(start.clone())
+    gradients = gradients.mT.contiguous().mT  # lies in memory column by column, as the gradient of a transpose may
     unused = torch.zeros(2)
     adam, other = steps._Adam([ours, unused]), torch.optim.Adam([theirs], lr=1.0)
     for i, gradient in enumerate(gradients):

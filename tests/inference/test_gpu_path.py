@@ -1,0 +1,242 @@
+"""What a GPU is asked to do, shown without one: nothing that it must be waited for, and each time the same.
+
+Three stand-ins take its place. On torch's device "meta" tensors have shapes and no values: a whole step is taken there,
+by the operations that a GPU would be given, and whatever needs a value, or tensors of two devices, is refused. On a fake
+CUDA device (`FakeTensorMode`) model, guide and questions run forward. And the operations that a GPU would be given are
+carried out on the CPU, where their numbers are compared with those of the CPU's own.
+"""
+
+import copy
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scvae.boundary.process import seeded, unchecked
+from scvae.data.cells import Cells
+from scvae.data.reading import read_cells, read_schema
+from scvae.inference.recording import _depends_on_values
+from scvae.inference.steps import Step
+from scvae.kernels import operations
+from scvae.programs import PROGRAMS
+
+SIZE, ROOM = 30, 700  # cells of a minibatch, and non-zeros that it has room for
+
+POSTERIORS = ["normal", "full", "low_rank", "iaf", "iaf_stable"]
+PRIORS = ["normal", "mixture", "vamp", "labels"]
+OTHERS = [
+    ("zinb", {"likelihood": "nb"}),
+    ("zinb", {"likelihood": "poisson", "library": "observed"}),
+    ("zinb", {"dispersion": "gene-batch", "library": "size_factor", "encode_covariates": False}),
+    ("zinb", {"dispersion": "gene-cell", "dropout_rate": 0.2, "likelihood": "nb"}),
+    ("zinb", {"n_layers": 0, "n_decoder_layers": 0}),
+    ("gaussian", {"noise": "shared", "n_hidden": 0}),
+    ("gaussian", {"noise": "fixed", "noise_scale": 1.0}),
+    ("vq", {}),
+    ("vq", {"n_codebooks": 3, "likelihood": "poisson", "restart": False}),
+    ("vq_gaussian", {}),
+    ("pose", {"pixels": "gaussian", "encoder": "plain"}),
+    ("pose", {"pixels": "poisson", "angle_scale": 0.3, "translate": False}),
+    ("pose", {"pixels": "nb", "rotate": False}),
+    ("pose", {"decoder": "coordinates", "dropout_rate": 0.2}),
+    ("matrix_normal", {}),
+    ("matrix_normal", {"posterior": "low_rank", "pixels": "gaussian"}),
+    ("matrix_normal", {"posterior": "normal", "pixels": "poisson", "dropout_rate": 0.2}),
+    ("matrix_normal", {"pixels": "nb"}),
+]
+
+
+def _possible(name, posterior, prior):
+    return not (prior == "vamp" and posterior.startswith("iaf")) and not (name == "pose" and prior == "labels")
+
+
+CASES = [
+    (name, {"posterior": posterior, "prior": prior})
+    for name, posterior, prior in itertools.product(["zinb", "gaussian", "pose"], POSTERIORS, PRIORS)
+    if _possible(name, posterior, prior)
+] + OTHERS
+NAMES = [", ".join([name, *map(str, options.values())]) for name, options in CASES]
+each_program = pytest.mark.parametrize(("name", "options"), CASES, ids=NAMES)
+
+
+@functools.cache
+def _adata():
+    import scvae
+
+    adata = scvae.datasets.simulated_batches(
+        n_cells=70, n_genes=24, n_types=2, n_batches=2, library_size=50, type_scale=1, dropout=0.05, seed=3
+    )
+    rng = np.random.default_rng(0)
+    adata.obs["size"] = adata.X.sum(1).A1 / 50
+    adata.obs["label"] = rng.choice(["a", "b", "Unknown"], adata.n_obs)
+    adata.obsm["unit"] = rng.uniform(size=(adata.n_obs, 8, 8)).astype(np.float32)
+    adata.obsm["real"] = rng.normal(size=(adata.n_obs, 8, 8)).astype(np.float32)
+    adata.obsm["counts"] = rng.poisson(1.0, size=(adata.n_obs, 8, 8)).astype(np.float32)
+    return adata
+
+
+def made(name, options):
+    """A program that has been initialised, and the cells, on the CPU."""
+    kind, options = PROGRAMS[name], {"n_latent": 3, "n_hidden": 8, **options}
+    of, labels_key = kind.kind_of(options), None
+    if options.get("prior") == "labels":
+        options["prior"], labels_key = "mixture", "label"
+    if options.get("prior") in ("mixture", "vamp"):
+        options["n_components"] = 8
+    schema = read_schema(
+        _adata(),
+        kind=of,
+        image_key=of if kind.of_images else None,
+        batch_key="batch",
+        labels_key=labels_key,
+        size_factor_key="size" if options.get("library") == "size_factor" else None,
+    )
+    with seeded(0, torch.device("cpu")):
+        cells = read_cells(_adata(), schema, with_labels=True)
+        program = kind(schema, **options)
+        program.initialise(cells)
+    return program, cells
+
+
+def moved(cells, move):
+    """Cells whose tensors were moved to another device."""
+    cells = copy.copy(cells)
+    for name, value in vars(cells).items():
+        if isinstance(value, torch.Tensor):
+            setattr(cells, name, move(value))
+    cells.device = cells.offsets.device
+    return cells
+
+
+class Watched(TorchDispatchMode):
+    """Keeps which operations were given what, and refuses what waits for a device, or mixes it with another.
+
+    Numbers in tensors without an axis may lie on the CPU, as a kernel takes them for arguments; no tensor may be
+    copied from one device to another.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.done = []
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        is_sized = kwargs.get("output_size") is not None  # of repeat_interleave
+        if (_depends_on_values(function, leaves) and not is_sized) or function in _WAIT:
+            raise AssertionError(f"{function} waits for the device")
+        is_copy = function in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+        devices = {each.device.type for each in tensors if each.dim() or is_copy}
+        if is_copy and kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]).type)
+        if len(devices) > 1:
+            raise AssertionError(f"{function} is given tensors of {' and '.join(sorted(devices))}")
+        self.done.append((function, [_seen(leaf) for leaf in leaves]))
+        if function in _ADAM and any(each.device.type == "meta" for each in tensors):
+            return None  # of which torch has no shapes
+        return function(*args, **kwargs)
+
+
+_WAIT = {torch.ops.aten._linalg_check_errors.default}
+_ADAM = {torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr}
+
+
+def _seen(leaf):
+    """What of an argument a captured kernel depends on: of a tensor all but its values and its place."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.device, leaf.dtype, tuple(leaf.shape), leaf.stride()
+    return leaf
+
+
+def step_of(program, cells):
+    step = Step(program.train(), cells, SIZE)
+    step.kl_weight.fill_(1.0)
+    step.rate.fill_(1e-2)
+    step.decays.fill_(1.0)
+    return step
+
+
+@each_program
+def test_a_whole_step_neither_waits_for_the_device_nor_mixes_it_with_another(name, options):
+    """Minibatch, model, guide, gradient and Adam."""
+    program, cells = made(name, options)
+    cells = moved(cells, lambda tensor: tensor.to("meta"))
+    step = step_of(program.to("meta"), cells)
+    with unchecked(), Watched() as watched:
+        step._take(torch.arange(SIZE, device="meta"), ROOM, padded=True)
+    done = [function for function, _ in watched.done]
+    assert done.count(torch.ops.aten._fused_adamw_.tensor_lr) == 1
+    assert not any("scvae" in str(function) for function in done)  # these are the operations for CPUs
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The operations that a GPU is given, on the CPU."""
+    monkeypatch.setattr(operations, "are_for", lambda tensor: False)
+
+
+def _minibatches(cells):
+    """Cells of which there are more non-zeros in the second minibatch than in the first, and as many as fit."""
+    lengths = cells.offsets.diff()
+    order = lengths.argsort()
+    return order[:SIZE].sort().values, order[-SIZE:].sort().values
+
+
+def _everything(step):
+    return [*step.program.parameters(), *step.program.buffers(), *itertools.chain(*step.adam.states)]
+
+
+@each_program
+def test_padded_steps_are_the_same_operations_at_the_same_places_whatever_the_cells(name, options, as_on_a_gpu):
+    program, cells = made(name, options)
+    step, rows, done = step_of(program, cells), torch.arange(SIZE), []
+    few, many = _minibatches(cells)
+    lengths = cells.offsets.diff()
+    room = int(lengths[many].sum())
+    assert cells.schema.kind != "counts" or int(lengths[few].sum()) < room
+    with unchecked():
+        step._take(rows, room, padded=True)
+        places = [tensor.data_ptr() for tensor in _everything(step)]
+        for minibatch in (few, many):
+            rows.copy_(minibatch)
+            with Watched() as watched:
+                step._take(rows, room, padded=True)
+            done.append(watched.done)
+    assert len(done[0]) == len(done[1]) > 100
+    for one, other in zip(*done, strict=True):
+        assert one == other
+    assert places == [tensor.data_ptr() for tensor in _everything(step)]
+    assert step.finite
+
+
+@each_program
+def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(name, options, monkeypatch):
+    start, cells = made(name, options)
+    few, _ = _minibatches(cells)
+    n_nonzero = int(cells.offsets.diff()[few].sum())
+    steps = []
+    for is_padded in (False, True):
+        step = step_of(copy.deepcopy(start), cells)
+        if is_padded:
+            monkeypatch.setattr(operations, "are_for", lambda tensor: False)
+        with unchecked(), seeded(1, torch.device("cpu")):
+            step._take(few, n_nonzero + 50 * is_padded, padded=is_padded)
+        steps.append(step)
+    ours, theirs = steps
+    for site, term in ours.terms.items():
+        torch.testing.assert_close(theirs.terms[site], term, rtol=1e-4, atol=1e-3)
+    largest = max(mean.abs().max() for _, mean, _ in ours.adam.states)
+    for (_, mean, _), (_, other, _) in zip(ours.adam.states, theirs.adam.states, strict=True):  # of the gradients
+        torch.testing.assert_close(other, mean, rtol=1e-3, atol=1e-5 * float(largest))
+    for buffer, other in zip(ours.program.buffers(), theirs.program.buffers(), strict=True):
+        torch.testing.assert_close(other, buffer, rtol=1e-4, atol=1e-5)
