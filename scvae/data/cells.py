@@ -274,6 +274,10 @@ class Cells:
         ends = torch.tensor([len(part) for part in parts], device=self.device).cumsum(0)
         return torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
 
+    def most_nonzeros(self, n: int) -> int:
+        """Return how many non-zeros `n` cells have at most: those of the cells that have most; waits for the device."""
+        return int(self.offsets.diff().topk(min(n, len(self))).values.sum())
+
     def minibatches(self, size: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
         """Go through the cells as :meth:`parts` does, and yield the index of the cells of each, and the cells."""
         for part, n_nonzero in self.parts(size, rows):

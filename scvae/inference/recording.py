@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,20 +38,63 @@ class Capture(Protocol):
 
 
 class CudaGraphs:
-    """Records functions as CUDA graphs that share their memory."""
+    """Records functions as CUDA graphs that share their memory.
+
+    Parameters
+    ----------
+    device
+        The GPU.
+    """
 
     fixed_shapes = True
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self.device = torch.cuda.current_device()
+            self.stream = torch.cuda.Stream()
+            self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """Record the function, which is not run, and return what runs it."""
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool):
-            function()
+        """Record the function, which is not run, and return what runs it.
+
+        Other threads may go on using the GPU meanwhile.
+
+        Raises
+        ------
+        RuntimeError
+            If that cannot be; the GPU and its random numbers are as they were.
+        """
+        with torch.cuda.device(self.device):
+            graph, stream, state = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.get_rng_state()
+            torch.cuda.synchronize()
+            try:
+                with (
+                    torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+                    _refusing_to_wait(),
+                ):
+                    function()
+            except RuntimeError:
+                torch.cuda.set_stream(stream)  # a recording that breaks off leaves its own in place,
+                fresh = torch.Generator(torch.device("cuda", self.device))  # and random numbers that wait for its end
+                fresh.set_state(state)
+                torch.cuda.default_generators[self.device].graphsafe_set_state(fresh)
+                with suppress(AttributeError, RuntimeError):  # and memory that is set aside
+                    torch._C._cuda_endAllocateToPool(self.device, self.pool)
+                raise
         return graph.replay
+
+
+@contextmanager
+def _refusing_to_wait() -> Iterator[None]:
+    """Let what would wait for the GPU raise a RuntimeError before it does, as then a recording can still be ended."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that it does not find everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Recorded:

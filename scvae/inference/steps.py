@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,8 @@ __all__ = ["Part", "Step"]
 _log = logging.getLogger("scvae")
 
 _WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate what they keep
-_SLACK = 1.1  # by which a captured minibatch has more room for non-zeros than any that was seen
+_SAME, _SAME_PARAMETERS = 0.05, 0.3  # relative differences of what a step changes that the order of sums may make
+_LEAST = 1e-3  # of the largest change of its kind, below which a change is the rounding of a sum that is nothing
 
 
 class Part(NamedTuple):
@@ -49,8 +51,10 @@ class Step:
     All that changes from step to step (KL weight, learning rate, count of the steps, sums for the history, the terms
     in which a fault first showed) lies in tensors on the device, so that nothing waits for the device, and the whole
     can be captured: after a few steps each size of minibatch is recorded and replayed from then on
-    (:mod:`scvae.inference.recording`). Where that cannot be, steps are taken as the program declares them, and the log
-    says so. Before each step the caller sets ``rate`` and ``kl_weight`` in place, and ``decays`` when they change.
+    (:mod:`scvae.inference.recording`). A CUDA graph has room for the minibatch with the most non-zeros that can come,
+    so that none is captured twice, and its first replay is compared with the same step taken one operation at a time.
+    Where steps cannot be replayed they are taken as the program declares them, and the log says so. Before each step
+    the caller sets ``rate`` and ``kl_weight`` in place, and ``decays`` when they change.
 
     Parameters
     ----------
@@ -90,7 +94,7 @@ class Step:
         self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
         #: Steps that were taken, and those of them that were taken since the making or :meth:`restore`.
         self.taken = self.taken_here = 0
-        self.replays: dict[int, tuple[int, Tensor, Callable[[], None]]] = {}
+        self.replays: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         #: Step, counted from 1, that the terms below are of: the first one that was not finite, or else the latest.
         self.seen = torch.zeros(1, dtype=torch.int64, device=cells.device)
         self.finite = torch.ones((), dtype=torch.bool, device=cells.device)
@@ -98,10 +102,16 @@ class Step:
 
     def __call__(self, rows: Tensor, n_nonzero: int) -> None:
         """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
-        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken_here >= _WARM_UP else None
-        if replay is None:
+        if self.capture is None or self.taken_here < _WARM_UP:
             self._take(rows, n_nonzero)
+        elif len(rows) not in self.replays and self.capture.fixed_shapes:
+            self._take_and_capture(rows, self.capture)
         else:
+            if len(rows) not in self.replays:
+                own = rows.clone()
+                self.replays[len(rows)] = own, self.capture(partial(self._take, own, n_nonzero))
+            static_rows, replay = self.replays[len(rows)]
+            static_rows.copy_(rows)
             replay()
         self.taken += 1
         self.taken_here += 1
@@ -152,20 +162,104 @@ class Step:
         torch.where(self.finite, self.count, self.seen, out=self.seen)
         self.finite &= finite
 
-    def _replay(self, rows: Tensor, n_nonzero: int, capture: Capture) -> Callable[[], None] | None:
-        """Return what replays a step of so many cells, with these cells put where it reads them."""
-        room, static_rows, replay = self.replays.get(len(rows), (0, rows, None))
-        if replay is None or (capture.fixed_shapes and n_nonzero > room):
-            room, static_rows = int(_SLACK * n_nonzero), rows.clone()
-            try:
-                replay = capture(lambda: self._take(static_rows, room, padded=capture.fixed_shapes))
-            except RuntimeError as error:
-                _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
-                self.capture = None
-                return None
-            self.replays[len(rows)] = (room, static_rows, replay)
-        static_rows.copy_(rows)
-        return replay
+    def _take_and_capture(self, rows: Tensor, capture: Capture) -> None:
+        """Take a step with these cells, and capture one with as many, which has room for any.
+
+        The step is taken one operation at a time, and again by a replay, from the same weights and random numbers. Both
+        must have the same outcome, but for what another order of the sums makes of it; else, or where nothing can be
+        captured, the outcome of the first is kept, and steps are taken one by one from then on.
+        """
+        static_rows = rows.clone()
+        take = partial(self._take, static_rows, self.cells.most_nonzeros(len(rows)), padded=True)
+        before = self._outcome()
+        take()
+        outcome = self._outcome()
+        self._put(before)
+        try:
+            replay = capture(take)
+            replay()
+        except RuntimeError as error:
+            _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
+        else:
+            wrong = _difference(before, outcome, self._outcome())
+            if not wrong:
+                self.replays[len(rows)] = static_rows, replay
+                return
+            warnings.warn(
+                f"On this device ({self.cells.device}) a step that is replayed as a CUDA graph leaves other {wrong} "
+                "than the same step taken one operation at a time. So no step is replayed: the training is right, and "
+                "slower. Another version of torch or of the driver may do better.",
+                stacklevel=2,
+            )
+        self.capture = None
+        self.replays.clear()
+        self._put(outcome)
+
+    def _changing(self) -> dict[str, list[Tensor]]:
+        """Return all that a step changes, by what it is, beside the random numbers."""
+        return {
+            "weights": list(self.program.parameters()),
+            "gradients": [mean for _, mean, _ in self.adam.states],
+            "squares of gradients": [square for *_, square in self.adam.states],
+            "statistics": list(self.program.buffers()),
+            "bounds": [self.sums, *self.terms.values()],
+            "counts": [self.count, self.seen, self.finite],
+        }
+
+    def _outcome(self) -> _Outcome:
+        """Return a copy of all that a step changes."""
+        changing = {name: [each.detach().clone() for each in tensors] for name, tensors in self._changing().items()}
+        return _Outcome(changing, _random_state(self.cells.device))
+
+    def _put(self, outcome: _Outcome) -> None:
+        """Go on from there."""
+        with torch.no_grad():
+            for name, tensors in self._changing().items():
+                for tensor, value in zip(tensors, outcome.changing[name], strict=True):
+                    tensor.copy_(value)
+        _set_random_state(self.cells.device, outcome.random)
+
+
+class _Outcome(NamedTuple):
+    """What a step leaves behind: tensors, by what they are, and the state of the random numbers."""
+
+    changing: dict[str, list[Tensor]]
+    random: Tensor
+
+
+def _difference(before: _Outcome, one: _Outcome, other: _Outcome) -> str:
+    """Return in what two outcomes of a step are not the same; nothing where they are, or the first is not finite.
+
+    Compared are the changes, tensor by tensor, by their norms. Weights are compared all at once: Adam moves those that
+    matter to nothing (a bias before a batch norm), whose gradients are rounding, as far as others.
+    """
+    if not one.changing["counts"][-1]:
+        return ""
+    is_same = []
+    for name, tensors in before.changing.items():
+        changes = [
+            [(after.double() - start.double()).flatten() for start, after in zip(tensors, afters, strict=True)]
+            for afters in (one.changing[name], other.changing[name])
+        ]
+        if name == "weights":
+            changes = [[torch.cat(of_all)] for of_all in changes]
+        sizes = torch.stack([mine.norm() for mine in changes[0]])
+        errors = torch.stack([(mine - its).norm() for mine, its in zip(*changes, strict=True)])
+        bound = (_SAME_PARAMETERS if name == "weights" else _SAME) * sizes.clamp(min=_LEAST * float(sizes.max()))
+        is_same.append((errors <= bound).all())
+    wrong = [name for name, same in zip(before.changing, torch.stack(is_same).tolist(), strict=True) if not same]
+    return " and ".join([", ".join(wrong[:-1]), wrong[-1]] if len(wrong) > 1 else wrong)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 class _Adam:

@@ -229,7 +229,7 @@ class Run:
         if cells.device.type == "cpu":
             capture = Recorded
         elif cells.values.is_cuda:
-            capture = CudaGraphs()
+            capture = CudaGraphs(cells.device)
         size = min(training.batch_size, len(cells))
         self.step = Step(program, cells, size, capture, training.deviation_scale, parts)
         self.step.decays.fill_(training.decay(len(cells)))

@@ -1,9 +1,9 @@
 """What a GPU is asked to do, shown without one: nothing that it must be waited for, and each time the same.
 
-Three stand-ins take its place. On torch's device "meta" tensors have shapes and no values: a whole step is taken there,
-by the operations that a GPU would be given, and whatever needs a value, or tensors of two devices, is refused. On a fake
-CUDA device (`FakeTensorMode`) model, guide and questions run forward. And the operations that a GPU would be given are
-carried out on the CPU, where their numbers are compared with those of the CPU's own.
+Three stand-ins take its place. On torch's device "meta" tensors have shapes and no values: a whole step is taken
+there, by the operations that a GPU would be given, and whatever needs a value, or tensors of two devices, is refused.
+On a fake CUDA device (`FakeTensorMode`) model, guide and questions run forward. And the operations that a GPU would be
+given are carried out on the CPU, where their numbers are compared with those of the CPU's own.
 """
 
 import copy
@@ -13,12 +13,10 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scvae.boundary.process import seeded, unchecked
-from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference.recording import _depends_on_values
 from scvae.inference.steps import Step
