@@ -224,7 +224,8 @@ class IAF(nn.Module):
 
     def forward(self, h: Tensor) -> TorchDistribution:  # noqa: D102
         steps = self._steps(h)
-        return TransformedDistribution(Normal(torch.zeros_like(steps[-1].loc), 1.0).to_event(1), steps)
+        loc = steps[-1].loc
+        return TransformedDistribution(Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1), steps)
 
 
 class _Autoregressive(ConditionalAutoRegressiveNN):

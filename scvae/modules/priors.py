@@ -36,9 +36,10 @@ class StandardNormal(nn.Module):
     def __init__(self, n_latent: int) -> None:
         super().__init__()
         self.register_buffer("zero", torch.zeros(n_latent), persistent=False)
+        self.register_buffer("one", torch.ones(n_latent), persistent=False)
 
     def forward(self, encode: Encode) -> TorchDistribution:  # noqa: D102
-        return Normal(self.zero, 1.0).to_event(1)
+        return Normal(self.zero, self.one).to_event(1)  # numbers would be copied to a GPU each time
 
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
         """Read nothing off the data."""

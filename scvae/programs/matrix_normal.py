@@ -159,9 +159,9 @@ class MatrixNormalVAE(Program):
 
     def p_F(self) -> TorchDistribution:
         """Return the prior, in the guise in which its divergence from the posterior has a closed form."""
-        if self.posterior == "normal":
-            return Normal(self.zero, 1.0).to_event(3)
         one = self.zero + 1
+        if self.posterior == "normal":
+            return Normal(self.zero, one).to_event(3)
         return MatrixNormal(self.zero, row_scale=one[:, :, 0], col_scale=one[:, 0]).to_event(1)
 
     def q_F(self, batch: Batch) -> TorchDistribution:

@@ -217,11 +217,11 @@ class Pose(Program):
         """Return the prior of the angle."""
         if self.angle_scale is None:
             return Uniform(self.zero - math.pi, self.zero + math.pi)
-        return Normal(self.zero, self.angle_scale)
+        return Normal(self.zero, self.zero + self.angle_scale)
 
     def p_delta(self) -> TorchDistribution:
         """Return the prior of the shift."""
-        return Normal(0.0, self.shift_scale).to_event(1)
+        return Normal(torch.zeros_like(self.shift_scale), self.shift_scale).to_event(1)
 
     def encode(self, y: Tensor, covariates: Tensor, in_use: bool = False) -> tuple[Tensor, _Found]:
         """Return the last hidden layer that ``z`` is read off, ``[n, n_hidden]``, and the pose by each copy.

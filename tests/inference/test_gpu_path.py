@@ -6,6 +6,7 @@ On a fake CUDA device (`FakeTensorMode`) model, guide and questions run forward.
 given are carried out on the CPU, where their numbers are compared with those of the CPU's own.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -13,11 +14,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
+from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import _depends_on_values
 from scvae.inference.steps import Step
 from scvae.kernels import operations
@@ -145,6 +149,23 @@ class Watched(TorchDispatchMode):
         return function(*args, **kwargs)
 
 
+class Made(TorchFunctionMode):
+    """Refuses to make tensors of numbers of the host on another device, to which they would be copied."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor) and result is not args[0]:
+            if result.device.type != "cpu":
+                raise AssertionError("a number of the host is copied to the device")
+        return result
+
+
+@contextlib.contextmanager
+def watched():
+    with Watched() as watching, Made():
+        yield watching
+
+
 _WAIT = {torch.ops.aten._linalg_check_errors.default}
 _ADAM = {torch.ops.aten._fused_adamw_.default, torch.ops.aten._fused_adamw_.tensor_lr}
 
@@ -170,9 +191,9 @@ def test_a_whole_step_neither_waits_for_the_device_nor_mixes_it_with_another(nam
     program, cells = made(name, options)
     cells = moved(cells, lambda tensor: tensor.to("meta"))
     step = step_of(program.to("meta"), cells)
-    with unchecked(), Watched() as watched:
+    with unchecked(), watched() as watching:
         step._take(torch.arange(SIZE, device="meta"), ROOM, padded=True)
-    done = [function for function, _ in watched.done]
+    done = [function for function, _ in watching.done]
     assert done.count(torch.ops.aten._fused_adamw_.tensor_lr) == 1
     assert not any("scvae" in str(function) for function in done)  # these are the operations for CPUs
 
@@ -207,9 +228,9 @@ def test_padded_steps_are_the_same_operations_at_the_same_places_whatever_the_ce
         places = [tensor.data_ptr() for tensor in _everything(step)]
         for minibatch in (few, many):
             rows.copy_(minibatch)
-            with Watched() as watched:
+            with watched() as watching:
                 step._take(rows, room, padded=True)
-            done.append(watched.done)
+            done.append(watching.done)
     assert len(done[0]) == len(done[1]) > 100
     for one, other in zip(*done, strict=True):
         assert one == other
@@ -238,3 +259,100 @@ def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(na
         torch.testing.assert_close(other, mean, rtol=1e-3, atol=1e-5 * float(largest))
     for buffer, other in zip(ours.program.buffers(), theirs.program.buffers(), strict=True):
         torch.testing.assert_close(other, buffer, rtol=1e-4, atol=1e-5)
+
+
+# ---- Forward on a fake CUDA device ----------------------------------------------------------------------------------
+
+GPU = torch.device("cuda", 0)
+
+
+class Indexed(TorchFunctionMode):
+    """Indexes by operations, as the brackets of a fake tensor ask for a driver where torch was built without CUDA."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__:
+            x, places = _sliced(*args)
+            return x if places is None else torch.ops.aten.index.Tensor(x, places)
+        if function is torch.Tensor.__setitem__:
+            x, places = _sliced(*args[:2])
+            value = args[2] if isinstance(args[2], torch.Tensor) else torch.full((), args[2], device=x.device)
+            return x.copy_(value) if places is None else torch.ops.aten.index_put_.default(x, places, value)
+        return function(*args, **(kwargs or {}))
+
+
+def _sliced(x, index):
+    """The tensor after all that is no tensor in its brackets, and the tensors, by axis; None where there are none."""
+    index = index if isinstance(index, tuple) else (index,)
+    n_axes = sum(each is not None and each is not ... for each in index)
+    axis, places = 0, []
+    for each in index:
+        if each is ...:
+            places += [None] * (x.dim() - n_axes)
+            axis += x.dim() - n_axes
+        elif each is None:
+            x, axis, places = x.unsqueeze(axis), axis + 1, [*places, None]
+        elif isinstance(each, int):
+            x = x.select(axis, each)
+        elif isinstance(each, slice):
+            x = torch.ops.aten.slice.Tensor(x, axis, each.start, each.stop, each.step or 1)
+            axis, places = axis + 1, [*places, None]
+        elif each.dtype in (torch.bool, torch.uint8) or not each.dim():
+            raise AssertionError(f"an index by {each} waits for the device")
+        else:
+            axis, places = axis + 1, [*places, each]
+    return x, (places if any(each is not None for each in places) else None)
+
+
+@pytest.fixture
+def fake():
+    """Within it, ``fake(module or cells)`` lies on a GPU that is not there."""
+    mode = FakeTensorMode()
+
+    def on_gpu(tensor):
+        meta = tensor.detach().to("meta")
+        return mode.fake_tensor_converter.from_meta_and_device(mode, meta, GPU)
+
+    def convert(what):
+        if not isinstance(what, torch.nn.Module):
+            return moved(what, on_gpu)
+        what = copy.deepcopy(what)
+        for module in what.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = torch.nn.Parameter(on_gpu(parameter), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = on_gpu(buffer)
+        return what
+
+    with torch.no_grad(), unchecked():
+        convert.mode = mode
+        yield convert
+
+
+@contextlib.contextmanager
+def on(mode):
+    with mode, Indexed(), watched() as watching:
+        yield watching
+
+
+EACH_ONCE = [
+    case
+    for case in CASES
+    if case[0] == "zinb" and ("normal" in case[1].values() or "mixture" in case[1].values()) or case in OTHERS
+]
+
+
+@pytest.mark.parametrize(("name", "options"), EACH_ONCE, ids=[NAMES[CASES.index(case)] for case in EACH_ONCE])
+def test_model_guide_and_decoder_run_on_a_fake_gpu(name, options, fake):
+    """With each posterior and prior, not with each two; as after training."""
+    program, cells = made(name, options)
+    program, cells = fake(program.eval()), fake(cells)
+    with on(fake.mode) as watching:
+        rows = torch.arange(SIZE, device=GPU)
+        batch = cells.batch(rows, ROOM, padded=True)
+        log_likelihood, kl = elbo_terms(program, batch)
+        mean, std = program.embed(batch)
+        found = [*log_likelihood.values(), *kl.values(), mean, std, program.decode(mean, batch)]
+    assert all(each.device == GPU and len(each) == SIZE for each in found)
+    assert not any("scvae" in str(function) for function, _ in watching.done)
