@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["ALONE", "Ranks", "joined", "local_rank", "rank_here", "ranks_of", "there_are_several"]
+__all__ = ["ALONE", "Ranks", "check_alone", "joined", "local_rank", "rank_here", "ranks_of", "there_are_several"]
 
 #: What ``torchrun`` tells a process of the others.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -162,6 +162,18 @@ def there_are_several() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size() > 1
     return all(name in os.environ for name in _ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"
+
+
+def check_alone(what: str) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises
+    ------
+    ValueError
+        If there are several.
+    """
+    if there_are_several():
+        raise ValueError(f"{what} is the work of one process: start it without torchrun. Fits are shared by several.")
 
 
 def rank_here() -> int:
