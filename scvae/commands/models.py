@@ -193,6 +193,8 @@ def fit(
     if output is None and model is None:
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
     check({"--model": (model, MODEL), "--output": (output, CELLS)}, inputs=[input], overwrite=overwrite)
+    from scvae.boundary.ranks import rank_here
+
     words = {"posterior": posterior, "prior": prior, "likelihood": likelihood}
     words |= {"dispersion": dispersion, "library": library}
     named: dict[str, Any] = {name: str(value) for name, value in words.items() if value is not None}
@@ -223,7 +225,8 @@ def fit(
         progress=not quiet,
         **options,
     )
-    write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
+    if rank_here() == 0:
+        write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
     end_if_interrupted(fitted)
 
 

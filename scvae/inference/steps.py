@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scvae.boundary.ranks import ALONE, Ranks
 from scvae.data.cells import Cells
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import Capture
@@ -77,6 +79,8 @@ class Step:
         Standard deviation of the prior of ``program.deviations()``, or of the `parts`.
     parts
         All that is learnt, where that is not the whole program; then no weights shrink.
+    ranks
+        The processes that take the steps together, each with its share of a minibatch.
     """
 
     def __init__(
@@ -87,8 +91,9 @@ class Step:
         capture: Capture | None = None,
         deviation_scale: float = 1.0,
         parts: Sequence[Part] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.deviation_scale = deviation_scale
+        self.deviation_scale, self.ranks = deviation_scale, ranks
         self.program, self.cells, self.size, self.capture = program, cells, size, capture
         self.rate, self.kl_weight = torch.zeros((), device=cells.device), torch.zeros((), device=cells.device)
         self.parts = parts
@@ -109,17 +114,21 @@ class Step:
         self.finite = torch.ones((), dtype=torch.bool, device=cells.device)
         self.terms: dict[str, Tensor] = {}
 
-    def __call__(self, rows: Tensor, n_nonzero: int) -> None:
-        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
+    def __call__(self, rows: Tensor, n_nonzero: int, n_cells: int | None = None) -> None:
+        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros.
+
+        With several processes they are the share of this one of a minibatch of `n_cells`.
+        """
+        n = len(rows) if n_cells is None else n_cells  # the same in all processes, which so capture the same steps
         if self.capture is None or self.taken_here < _WARM_UP:
-            self._take(rows, n_nonzero)
-        elif len(rows) not in self.replays and self.capture.fixed_shapes:
-            self._take_and_capture(rows, self.capture)
+            self._take(rows, n_nonzero, n)
+        elif n not in self.replays and self.capture.fixed_shapes:
+            self._take_and_capture(rows, n, self.capture)
         else:
-            if len(rows) not in self.replays:
+            if n not in self.replays:
                 own = rows.clone()
-                self.replays[len(rows)] = own, self.capture(partial(self._take, own, n_nonzero))
-            static_rows, replay = self.replays[len(rows)]
+                self.replays[n] = own, self.capture(partial(self._take, own, n_nonzero, n))
+            static_rows, replay = self.replays[n]
             static_rows.copy_(rows)
             replay()
         self.taken += 1
@@ -141,12 +150,15 @@ class Step:
         self.taken, self.taken_here = int(self.count), 0
         self.seen.copy_(self.count)
 
-    def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
-        log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
+    def _take(self, rows: Tensor, n_nonzero: int, n_cells: int, padded: bool = False) -> None:
+        with self.ranks.sharing(n_cells) if self.ranks.group else nullcontext():
+            log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
         loss = self.kl_weight * divergence - reconstruction
         slopes = dict(zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True))
         with torch.no_grad():
+            if self.ranks.group:
+                reconstruction, divergence = self._of_all(slopes, reconstruction, divergence, len(rows) / n_cells)
             for weights in self.deviations:  # with the slope of minus the log density of their prior, per cell
                 slopes[weights] = slopes[weights].add(weights, alpha=self.deviation_scale**-2 / len(self.cells))
             for weights, is_learnt, start in self.parts:  # likewise; Adam leaves alone what never had a slope
@@ -161,6 +173,18 @@ class Step:
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)
 
+    def _of_all(
+        self, slopes: dict[Tensor, Tensor | None], reconstruction: Tensor, divergence: Tensor, share: float
+    ) -> Sequence[Tensor]:
+        """Let slopes and terms be those of the whole minibatch, of which this process has a share; return the terms."""
+        used = [(weights, slope) for weights, slope in slopes.items() if slope is not None]
+        sizes = [slope.numel() for _, slope in used]
+        flat = torch.cat([*(slope.reshape(-1) for _, slope in used), torch.stack([reconstruction, divergence])])
+        *parts, terms = self.ranks.add_up(flat.mul_(share)).split([*sizes, 2])
+        for (weights, slope), part in zip(used, parts, strict=True):
+            slopes[weights] = part.view_as(slope)
+        return terms.unbind()
+
     def _watch(self, terms: dict[str, Tensor], finite: Tensor) -> None:
         """Keep the terms of this step, unless one before it was not finite."""
         for name, term in terms.items():
@@ -171,29 +195,34 @@ class Step:
         torch.where(self.finite, self.count, self.seen, out=self.seen)
         self.finite &= finite
 
-    def _take_and_capture(self, rows: Tensor, capture: Capture) -> None:
+    def _take_and_capture(self, rows: Tensor, n_cells: int, capture: Capture) -> None:
         """Take a step with these cells, and capture one with as many, which has room for any.
 
         The step is taken one operation at a time, and again by a replay, from the same weights and random numbers. Both
         must have the same outcome, but for what another order of the sums makes of it; else, or where nothing can be
-        captured, the outcome of the first is kept, and steps are taken one by one from then on.
+        captured, the outcome of the first is kept, and steps are taken one by one from then on. Of several processes
+        all replay, or none does.
         """
         static_rows = rows.clone()
-        take = partial(self._take, static_rows, self.cells.most_nonzeros(len(rows)), padded=True)
+        take = partial(self._take, static_rows, self.cells.most_nonzeros(len(rows)), n_cells, padded=True)
         before = self._outcome()
         take()
         outcome = self._outcome()
         self._put(before)
+        replay, reason, wrong = None, "another process could not", ""
         try:
             replay = capture(take)
-            replay()
         except RuntimeError as error:
-            _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
-        else:
+            reason = str(error)
+        if self.ranks.agreed(replay is None):
+            _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", reason)
+        elif replay is not None:
+            replay()
             wrong = _difference(before, outcome, self._outcome())
-            if not wrong:
-                self.replays[len(rows)] = static_rows, replay
+            if not self.ranks.agreed(bool(wrong)):
+                self.replays[n_cells] = static_rows, replay
                 return
+        if wrong:
             warnings.warn(
                 f"On this device ({self.cells.device}) a step that is replayed as a CUDA graph leaves other {wrong} "
                 "than the same step taken one operation at a time. So no step is replayed: the training is right, and "
