@@ -20,8 +20,9 @@ from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Ran
 from scvae.boundary.process import seed_from, seeded, unchecked
 from scvae.data.cells import Cells
 from scvae.data.order import Shuffled, n_minibatches
+from scvae.inference.checkpoints import Checkpoints
 from scvae.inference.pace import Fixed, Pace, pace_of
-from scvae.inference.progress import Progress
+from scvae.inference.progress import Progress, say
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
 from scvae.inference.steps import Part, Step
@@ -163,12 +164,19 @@ class NonFiniteLoss(FloatingPointError):
 
 
 def train(
-    program: Program, cells: Cells, training: Training, *, parts: Sequence[Part] = (), progress: bool = True
+    program: Program,
+    cells: Cells,
+    training: Training,
+    *,
+    parts: Sequence[Part] = (),
+    progress: bool = True,
+    checkpoints: Checkpoints | None = None,
 ) -> Course:
     """Maximise the ELBO by stochastic gradient ascent.
 
     Ctrl-C ends the training with the weights as they are. With `parts` these alone are learnt: the networks are as
-    after training (batch norm, dropout), and nothing else of the program changes.
+    after training (batch norm, dropout), and nothing else of the program changes. With `checkpoints` the training goes
+    on from the newest of them, if there is one and that was asked for, and writes them.
 
     Returns
     -------
@@ -179,22 +187,32 @@ def train(
     ------
     NonFiniteLoss
         If the loss is NaN or infinite; the weights are then of no use.
+    scvae.boundary.signals.Suspended
+        If a signal ended it, and there are checkpoints.
     """
     run = Run(program, cells, training, parts)
-    bar = Progress(total=run.fewest, disable=not progress)
+    if checkpoints is not None:
+        checkpoints.begin(run)
+        if progress and run.step.taken:
+            say(f"scvae: the training goes on from step {run.step.taken:,}")
+    bar = Progress(total=run.expected, initial=run.step.taken, disable=not progress)
     program.train(not parts)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
-            while run.step.taken < run.until:
-                run.advance(pace)
-                bar.update()
-                bar.total = run.expected
-                if run.has_news:
-                    bar.set_postfix(run.news)
+            with nullcontext() if checkpoints is None else checkpoints.signals.put_off():
+                while run.step.taken < run.until:
+                    run.advance(pace)
+                    bar.update()
+                    bar.total = run.expected
+                    if run.has_news:
+                        bar.set_postfix(run.news)
+                    if checkpoints is not None and not checkpoints.goes_on(run):
+                        raise KeyboardInterrupt
+                if checkpoints is not None:
+                    checkpoints.end(run)
         except KeyboardInterrupt:
             run.stopped = "interrupted"
-    if not _is_finite(run.step.parameters):
-        raise _fault(run.step, run.recent)
+    run.check()
     program.eval()
     return run.course()
 
@@ -281,14 +299,25 @@ class Run:
         settle = step.taken in self.settling
         if (evaluate or settle or step.taken % self.check_every == 0) and not step.finite:
             raise _fault(self.step, self.recent)
-        if (evaluate or settle) and not _is_finite([*self.program.parameters(), *self.program.buffers()]):
-            raise _fault(self.step, self.recent)
+        if evaluate or settle:
+            self.check()
         self.has_news = evaluate
         with pace.steady() if evaluate or settle else nullcontext():
             if settle:
                 self._settle()
             if evaluate:
                 self._evaluate()
+
+    def check(self) -> None:
+        """Refuse weights that are not finite.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If they are not.
+        """
+        if not _is_finite([*self.step.parameters, *self.program.parameters(), *self.program.buffers()]):
+            raise _fault(self.step, self.recent)
 
     def _shuffled(self) -> Shuffled:
         """Return the order of the cells that are trained on at this step."""
