@@ -192,9 +192,8 @@ class Checkpoints:
         """
         number = self.signals.taken_up()
         if number is not None:
-            self._wait()
             self._write(run)
-            self._wait()
+            self._wait(is_last=True)
             error = self.signals.error(number)
             if isinstance(error, Suspended):
                 raise error if not self.fault else Suspended(f"{self._ended_by(number)}; {self.fault}", 128 + number)
@@ -209,9 +208,8 @@ class Checkpoints:
 
     def end(self, run: Run) -> None:
         """Write the checkpoint of the finished training, from which the same model is had at once."""
-        self._wait()
         self._write(run)
-        self._wait()
+        self._wait(is_last=True)
         if self.fault:
             warnings.warn(f"The finished training has no checkpoint: {self.fault}", stacklevel=3)
 
@@ -244,8 +242,8 @@ class Checkpoints:
             if _NAME.fullmatch(name) and name not in wanted:
                 (self.folder / name).unlink()
 
-    def _wait(self) -> None:
-        """Wait for what is being written; warn once if it could not be."""
+    def _wait(self, is_last: bool = False) -> None:
+        """Wait for what is being written; warn, once, if it could not be and is not the last one."""
         if self.writing is None:
             return
         try:
@@ -253,7 +251,7 @@ class Checkpoints:
             self.fault = ""
         except Exception as error:
             had_fault, self.fault = self.fault, str(error)
-            if not had_fault:
+            if not (had_fault or is_last):
                 warnings.warn(f"{error} The training goes on, and tries again with the next checkpoint.", stacklevel=4)
         self.writing = None
 
