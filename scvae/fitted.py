@@ -39,7 +39,7 @@ from scvae.inference.pace import pace_of
 from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
 
-__all__ = ["Fitted", "check_writable", "load", "schema_content"]
+__all__ = ["Fitted", "check_writable", "load"]
 
 _CHUNK = 1024  # cells at a time, by default
 _MIN_STEPS = 200  # of an extension
@@ -651,7 +651,7 @@ class Fitted:
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "options": self.program.options,
-            "schema": schema_content(self.program.schema),
+            "schema": _content(self.program.schema),
             "course": {**vars(self.course), "history": self.history.to_dict("list")},
             "training": self.training,
             "key_added": self.key_added,
@@ -877,7 +877,7 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     return Fitted(made.to(where), course, content["training"], content["key_added"])
 
 
-def schema_content(schema: Schema) -> dict[str, Any]:
+def _content(schema: Schema) -> dict[str, Any]:
     """Return a schema as JSON has it, which knows no keys but text: of tables, the pairs."""
     return {
         **asdict(schema),

@@ -16,7 +16,7 @@ from scvae.boundary.options import Options, seed_of
 from scvae.boundary.process import alone, device_of
 from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
-from scvae.fitted import Fitted, check_writable, schema_content
+from scvae.fitted import Fitted, check_writable
 from scvae.inference.checkpoints import checkpoints_in
 from scvae.inference.progress import say
 from scvae.inference.svi import NonFiniteLoss, Training, train
@@ -209,7 +209,7 @@ def fit(
             made.to(where).initialise(cells)
             check_writable(adata, made, cells, key_added)
             if checkpoints is not None:
-                checkpoints.belong_to(made, cells, training, seed, schema_content(schema))
+                checkpoints.belong_to(made, cells, training, seed)
             if progress:
                 _say_what_is_fitted(made, cells, adata, mask_var)
             try:

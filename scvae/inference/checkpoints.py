@@ -133,31 +133,29 @@ class Checkpoints:
             f"{', …' if len(names) > 3 else ''}): name another folder."
         )
 
-    def belong_to(self, program: Program, cells: Cells, training: Training, seed: int, schema: Mapping) -> None:
+    def belong_to(self, program: Program, cells: Cells, training: Training, seed: int) -> None:
         """Note what the checkpoints are of: a training that differs in any of it would not go on to the same weights.
 
         Parameters
         ----------
         program, cells, training, seed
             What is trained, on what, and how.
-        schema
-            How the data are read, as JSON has it.
         """
         of = {
-            "format of checkpoints": _FORMAT,
+            "format": _FORMAT,
             "scvae": version("scvae-pyro"),
             "torch": torch.__version__,
             "device": cells.device.type,
             "program": program.name,
-            **{name: value for name, value in program.options.items()},
+            **program.options,
             **training.as_dict(),
             "seed": seed,
             "n_cells": len(cells),
             "n_genes": cells.n_genes,
-            **schema,
-            "what the data hold": _SUM + cells.digest(),
+            **vars(program.schema),
         }
-        self.of = {name: _brief(json.dumps(value, sort_keys=True, default=str)) for name, value in of.items()}
+        self.of = {name: _brief(repr(value)) for name, value in of.items()}
+        self.of["what the data hold"] = _SUM + cells.digest()
 
     def begin(self, run: Run) -> None:
         """Take a training up where the newest checkpoint that can be read was, or write the first one.
