@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -314,6 +315,15 @@ class Cells:
     def origin(self, rows: Tensor) -> Tensor:
         """Return the rows, in the data as they were given, of the cells of a minibatch."""
         return rows
+
+    def digest(self) -> str:
+        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another."""
+        found = hashlib.sha256()
+        given = (self.offsets, self.genes, self.values, self.codes, self.continuous, self.size_factor, self.y)
+        for tensor in given:
+            for part in () if tensor is None else tensor.flatten().split(_BLOCK):
+                found.update(part.cpu().numpy())
+        return found.hexdigest()
 
     def _log_factorial(self) -> Tensor:
         """Sum over genes of the log factorial of the counts, ``[n_cells]``: a constant of the data."""

@@ -23,8 +23,9 @@ from scvae.boundary.process import seed_from, seeded, unchecked
 from scvae.boundary.ranks import ALONE, Ranks
 from scvae.data.cells import Cells
 from scvae.data.order import Shuffled, n_minibatches
+from scvae.inference.checkpoints import Checkpoints
 from scvae.inference.pace import Fixed, Pace, pace_of
-from scvae.inference.progress import Progress
+from scvae.inference.progress import Progress, say
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
 from scvae.inference.steps import Part, Step
@@ -173,12 +174,14 @@ def train(
     parts: Sequence[Part] = (),
     ranks: Ranks = ALONE,
     progress: bool = True,
+    checkpoints: Checkpoints | None = None,
 ) -> Course:
     """Maximise the ELBO by stochastic gradient ascent.
 
     Ctrl-C ends the training with the weights as they are. With `parts` these alone are learnt: the networks are as
     after training (batch norm, dropout), and nothing else of the program changes. With `ranks` several processes train
-    together, and all have the same program in the end; the first one shows the progress.
+    together, and all have the same program in the end; the first one shows the progress. With `checkpoints` the
+    training goes on from the newest of them, if there is one and that was asked for, and writes them.
 
     Returns
     -------
@@ -191,23 +194,34 @@ def train(
         If the loss is NaN or infinite; the weights are then of no use.
     ValueError
         If a process would have a single cell of a minibatch, or the processes have not been given the same.
+    scvae.boundary.signals.Suspended
+        If a signal ended it, and there are checkpoints.
     """
     run = Run(program, cells, training, parts, ranks)
-    bar = Progress(total=run.fewest, disable=not progress or ranks.rank > 0)
+    progress = progress and ranks.rank == 0
+    if checkpoints is not None:
+        checkpoints.begin(run)
+        if progress and run.step.taken:
+            say(f"scvae: the training goes on from step {run.step.taken:,}")
+    bar = Progress(total=run.expected, initial=run.step.taken, disable=not progress)
     program.train(not parts)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
-            while run.step.taken < run.until:
-                run.advance(pace)
-                bar.update()
-                bar.total = run.expected
-                if run.has_news:
-                    bar.set_postfix(run.news)
+            with nullcontext() if checkpoints is None else checkpoints.signals.put_off():
+                while run.step.taken < run.until:
+                    run.advance(pace)
+                    bar.update()
+                    bar.total = run.expected
+                    if run.has_news:
+                        bar.set_postfix(run.news)
+                    if checkpoints is not None and not checkpoints.goes_on(run):
+                        raise KeyboardInterrupt
+                if checkpoints is not None:
+                    checkpoints.end(run)
         except KeyboardInterrupt:
             run.stopped = "interrupted"
     run.agree()
-    if not _is_finite(run.step.parameters):
-        raise _fault(run.step, run.recent, ranks)
+    run.check()
     program.eval()
     return run.course()
 
@@ -346,14 +360,24 @@ class Run:
             raise _fault(self.step, self.recent, self.ranks)
         if evaluate or settle:
             self.agree()
-        if (evaluate or settle) and not _is_finite([*self.program.parameters(), *self.program.buffers()]):
-            raise _fault(self.step, self.recent, self.ranks)
+            self.check()
         self.has_news = evaluate
         with pace.steady() if evaluate or settle else nullcontext():
             if settle:
                 self._settle()
             if evaluate:
                 self._evaluate()
+
+    def check(self) -> None:
+        """Refuse weights that are not finite.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If they are not.
+        """
+        if not _is_finite([*self.step.parameters, *self.program.parameters(), *self.program.buffers()]):
+            raise _fault(self.step, self.recent, self.ranks)
 
     def _shuffled(self) -> Shuffled:
         """Return the order of the cells that are trained on at this step."""

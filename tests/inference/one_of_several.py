@@ -88,7 +88,12 @@ def fitted(rank, program="zinb", unlike=(), eager=False, n_steps=100, n=84, **op
         logging.getLogger("scvae").removeHandler(logged)
     numbers = [*model.program.state_dict().values(), torch.tensor(adata.obsm["X_scvae"])]
     digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in numbers)).hexdigest()
-    return {"digest": digest, "history": model.history.to_dict("list"), "log": logged.lines, "steps": model.course.n_steps}
+    return {
+        "digest": digest,
+        "history": model.history.to_dict("list"),
+        "log": logged.lines,
+        "steps": model.course.n_steps,
+    }
 
 
 class Log(logging.Handler):
@@ -135,7 +140,9 @@ def stepped(rank, program="zinb", n_steps=100, size=32, held=True, rate=1e-3, **
     """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay."""
     torch.set_num_threads(1)
     adata = data(program)
-    options = {"n_latent": 3} | ({"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}) | options
+    options = (
+        {"n_latent": 3} | ({"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}) | options
+    )
     with seeded(0, CPU), unchecked(), ranks_of(CPU) as ranks:
         cells = read_cells(adata, read_schema(adata, kind=PROGRAMS[program].kind_of(options), **keys(program)))
         made = PROGRAMS[program](cells.schema, **options)
