@@ -194,7 +194,10 @@ def read_cells(
     labels = None
     if with_labels and schema.labels_key is not None and schema.labels:
         labels, _ = _labels(adata, schema.labels_key, schema.unlabeled)
-    return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels)
+    # Counts that lie in the AnnData as they are wanted take no memory of their own, which no narrower type betters.
+    is_shared = counts.dtype == np.float32 and not adata.is_view and counts.data is getattr(matrix, "data", None)
+    narrow = not is_shared or torch.device(device).type != "cpu"
+    return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels, narrow)
 
 
 def with_new_batches(adata: AnnData, schema: Schema, batch_key: Key | None = None) -> tuple[Schema, np.ndarray]:
