@@ -197,7 +197,7 @@ def covariates_of(
     Returns
     -------
     codes, continuous, size_factor
-        Codes of the categories, ``[n_cells, n_keys]``; continuous covariates, standardised, ``[n_cells, n_continuous]``;
+        Codes of the categories, ``[n_cells, n_keys]``; standardised continuous covariates, ``[n_cells, n_continuous]``;
         size factors, ``[n_cells]``, or None. See :func:`read_cells`.
     """
     codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)

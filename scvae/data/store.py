@@ -26,7 +26,7 @@ import numpy as np
 
 from scvae.data.cells import Schema
 
-__all__ = ["CELLS", "Rows", "Store", "checksum", "open_store", "write_manifest"]
+__all__ = ["CELLS", "Rows", "Store", "bytes_of", "checksum", "open_store", "write_manifest"]
 
 _FORMAT = 1
 CELLS = "cells.h5ad"
@@ -132,7 +132,7 @@ class Store:
         }
         self._checksums = self._verified("checksums", content["checksums"]["checksums"])
         self._is_verified = np.zeros(len(self._checksums), dtype=bool)
-        self._checked = [name for name in self._pieces if name in content["checked"]]
+        self._checked: Sequence[str] = content["checked"]
 
     def __len__(self) -> int:
         return self.n_cells
@@ -270,7 +270,7 @@ class Store:
             raise IndexError(
                 f"Entries {first:,} to {first + len(out):,} of {name!r} are asked for, of {piece.length:,}."
             )
-        self._read_bytes(memoryview(out).cast("B"), piece.first + first * piece.dtype.itemsize)
+        self._read_bytes(bytes_of(out), piece.first + first * piece.dtype.itemsize)
 
     def _read_bytes(self, out: memoryview, place: int) -> None:
         done = 0
@@ -292,7 +292,7 @@ class Store:
 
     def _verified(self, name: str, crc: int) -> np.ndarray:
         array = self._array(name, 0, self._pieces[name].length)
-        if zlib.crc32(array) != crc:
+        if zlib.crc32(bytes_of(array)) != crc:
             raise _damaged(self.path, f"{name} is not what was written")
         return array
 
@@ -301,7 +301,9 @@ class Store:
         first, last = block * self.block, min((block + 1) * self.block, self.n_cells)
         offsets = self.offsets(first, last)
         bounds = {name: (int(offsets[0]), int(offsets[-1])) for name in _NONZEROS}
-        found = checksum([zlib.crc32(self._array(name, *bounds.get(name, (first, last)))) for name in self._checked])
+        found = checksum(
+            [zlib.crc32(bytes_of(self._array(name, *bounds.get(name, (first, last))))) for name in self._checked]
+        )
         if found != self._checksums[block]:
             raise self._damage(first, last)
         self._is_verified[block] = True
@@ -312,7 +314,12 @@ class Store:
 
 def checksum(of_arrays: Sequence[int]) -> int:
     """Return the checksum of a block of cells, out of those of its part of each array."""
-    return zlib.crc32(np.array(of_arrays, dtype="<u4"))
+    return zlib.crc32(bytes_of(np.array(of_arrays, dtype="<u4")))
+
+
+def bytes_of(array: np.ndarray) -> memoryview:
+    """Return the memory of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 def open_store(path: str | Path) -> Store:

@@ -138,7 +138,7 @@ class Table:
             if start == 0 and ends[0] != 0:
                 wrong = np.array([0])
             if len(wrong):
-                raise self._wrong(
+                raise self.wrong(
                     start + int(wrong[0]), "its non-zeros begin after they end, or after the last there is"
                 )
             first = start
@@ -149,7 +149,7 @@ class Table:
                 with self._reading(f"rows {first:,} to {last:,} of {self.where}"):
                     block = data[begin:end], indices[begin:end]
                 if min(len(block[0]), len(block[1])) < end - begin:
-                    raise self._wrong(first, "its non-zeros are missing")
+                    raise self.wrong(first, "its non-zeros are missing")
                 yield Block(self, first, last, *block, ends[first - start : last - start + 1] - begin)
                 first = last
 
@@ -220,8 +220,8 @@ class Table:
             data = self.matrix["data"]
             if data.nchunks_initialized < data.nchunks:
                 raise ValueError(
-                    f"{self.path} is damaged: {data.nchunks - data.nchunks_initialized} of the {data.nchunks} chunks of "
-                    f"{self.where} are missing."
+                    f"{self.path} is damaged: {data.nchunks - data.nchunks_initialized} of the {data.nchunks} chunks "
+                    f"of {self.where} are missing."
                 )
         return n_cells, n_genes
 
@@ -229,7 +229,8 @@ class Table:
     def _index_key(self) -> str:
         return str(self.group["obs"].attrs.get("_index", "_index"))
 
-    def _wrong(self, row: int, what: str) -> ValueError:
+    def wrong(self, row: int, what: str) -> ValueError:
+        """Return the error that says what is wrong with a row."""
         return ValueError(f"{self.path} is damaged: row {row:,} of {self.where}: {what}.")
 
     def _reading(self, what: str) -> _Reading:
@@ -257,8 +258,8 @@ class Tables:
     other. Columns of ``.obs`` are read when they are asked for; their categories are united.
     """
 
-    def __init__(self, tables: Sequence[Table]) -> None:
-        self.tables = list(tables)
+    def __init__(self, tables: Sequence[Table], paths: Sequence[Path]) -> None:
+        self.tables, self.paths = list(tables), list(paths)
         self.starts = np.cumsum([0, *(table.n_cells for table in self.tables)])
         self.var = self.tables[0].var
         self.var_names = self.var.index.astype(str)
@@ -386,10 +387,11 @@ def open_tables(source: Any, layer: str | None = None) -> Tables:
     sources = [source] if isinstance(source, str | os.PathLike | AnnData) else list(source)
     if not sources:
         raise ValueError("No file is named.")
-    tables = [table for each in sources for table in _open(_path_of(each), layer)]
+    paths = [_path_of(each) for each in sources]
+    tables = [table for path in paths for table in _open(path, layer)]
     if not sum(table.n_cells for table in tables):
         raise ValueError(f"{tables[0].path} has no cells.")
-    return Tables(tables)
+    return Tables(tables, paths)
 
 
 def _path_of(source: Any) -> Path:

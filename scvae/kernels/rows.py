@@ -45,7 +45,7 @@ def choose(data, indices, indptr, column, values, genes, ends):
                 k += 1
                 is_canonical &= (gene > previous) & (value != 0)
                 previous = gene
-                is_narrow &= (value >= 0) & (value <= 65535) & (value == math.floor(value))
+                is_narrow &= (value >= 0) & (value <= 65535) & (value == np.floor(value))
                 largest = max(largest, value)
         ends[row + 1] = k
     return -1, is_canonical, is_narrow, largest
