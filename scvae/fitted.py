@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -651,7 +650,7 @@ class Fitted:
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "options": self.program.options,
-            "schema": _content(self.program.schema),
+            "schema": self.program.schema.described(),
             "course": {**vars(self.course), "history": self.history.to_dict("list")},
             "training": self.training,
             "key_added": self.key_added,
@@ -871,27 +870,10 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     if kind is None or kind.name != content["program"]:
         raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
     with alone(0, torch.device("cpu")):
-        made = kind(_schema(content["schema"]), **content["options"])  # the weights drawn here are replaced
+        made = kind(Schema.of(content["schema"]), **content["options"])  # the weights drawn here are replaced
         made.load_state_dict(load_tensors(weights))
     course = Course(**{**content["course"], "history": pd.DataFrame(content["course"]["history"])})
     return Fitted(made.to(where), course, content["training"], content["key_added"])
-
-
-def _content(schema: Schema) -> dict[str, Any]:
-    """Return a schema as JSON has it, which knows no keys but text: of tables, the pairs."""
-    return {
-        **asdict(schema),
-        "categories": list(schema.categories.items()),
-        "continuous": list(schema.continuous.items()),
-    }
-
-
-def _schema(content: dict[str, Any]) -> Schema:
-    def plain(value: Any) -> Any:
-        return tuple(map(plain, value)) if isinstance(value, list) else value
-
-    tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
-    return Schema(**{**{name: plain(value) for name, value in content.items()}, **tables})
 
 
 def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:

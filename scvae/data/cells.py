@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -93,6 +93,21 @@ class Schema:
     def n_covariates(self) -> int:
         """Columns of the covariate matrix: the one-hot categories, then the continuous covariates."""
         return sum(self.widths) + len(self.continuous)
+
+    def described(self) -> dict[str, Any]:
+        """Return the schema as JSON has it, which knows no keys but text: of tables, the pairs."""
+        tables = {"categories": list(self.categories.items()), "continuous": list(self.continuous.items())}
+        return {**asdict(self), **tables}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Schema:
+        """Return the schema that JSON describes."""
+
+        def plain(value: Any) -> Any:
+            return tuple(map(plain, value)) if isinstance(value, list) else value
+
+        tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
+        return cls(**{**{name: plain(value) for name, value in content.items()}, **tables})
 
     def batch_of(self, codes: Tensor) -> Tensor:
         """Return the code of the batch of each cell, ``[n]``, out of the codes of all categorical covariates.
