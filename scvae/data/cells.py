@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from scvae.data.order import Shuffled, n_minibatches
 from scvae.data.summary import Summary
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
+
+if TYPE_CHECKING:
+    from scvae.data.store import Rows
 
 __all__ = ["Batch", "Cells", "Key", "Schema"]
 
@@ -220,8 +223,7 @@ class Cells:
         labels: np.ndarray | None = None,
         narrow: bool = True,
     ) -> None:
-        self.schema = schema
-        self.device = torch.device(device)
+        self.schema, self.device = schema, torch.device(device)
         self.n_cells, self.n_genes = counts.shape
         of_values = narrowest(counts.data) if narrow else np.dtype(np.float32)
         of_genes = np.dtype(np.uint16) if narrow and self.n_genes <= 1 << 16 else counts.indices.dtype
@@ -237,6 +239,25 @@ class Cells:
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
         self.missing = None if missing is None else self._tensor(missing, np.bool_)
         self.y = None if labels is None else self._tensor(labels, np.int32)
+
+    @classmethod
+    def of_rows(cls, rows: Rows, schema: Schema, device: torch.device | str = "cpu") -> Cells:
+        """Return the cells that were read from a store; on a CPU they stay in the memory of `rows`."""
+        cells = cls.__new__(cls)
+        cells._keep(rows, schema, device)
+        return cells
+
+    def _keep(self, rows: Rows, schema: Schema, device: torch.device | str) -> None:
+        self.schema, self.device = schema, torch.device(device)
+        self.n_cells, self.n_genes = len(rows.library_size), len(schema.genes)
+        store = _store(self.device, rows.values.nbytes + rows.genes.nbytes)
+        self.values, self.genes = self._tensor(rows.values, None, store), self._tensor(rows.genes, None, store)
+        self.offsets, self.library_size = self._tensor(rows.offsets), self._tensor(rows.library_size)
+        self.log_factorial, self.codes = self._tensor(rows.log_factorial), self._tensor(rows.codes)
+        self.continuous = self._tensor(rows.continuous)
+        self.size_factor = None if rows.size_factor is None else self._tensor(rows.size_factor)
+        self.y = None if rows.labels is None else self._tensor(rows.labels)
+        self.missing = None
 
     def __len__(self) -> int:
         return self.n_cells
@@ -387,7 +408,7 @@ class Cells:
         squares = self.summary.gene_squares.sum(0).tolist()
         return [gene for gene, square in zip(self.schema.genes, squares, strict=True) if not square]
 
-    def _tensor(self, array: np.ndarray, dtype: Any, device: torch.device | None = None) -> Tensor:
+    def _tensor(self, array: np.ndarray, dtype: Any = None, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(device or self.device)
 
 

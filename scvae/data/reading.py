@@ -187,8 +187,8 @@ def read_cells(
     if with_labels and schema.labels_key is not None and schema.labels:
         labels, _ = labels_of(adata, schema.labels_key, schema.unlabeled)
     # Counts that lie in the AnnData as they are wanted take no memory of their own, which no narrower type betters.
-    is_shared = counts.dtype == np.float32 and not adata.is_view and counts.data is getattr(matrix, "data", None)
-    narrow = not is_shared or torch.device(device).type != "cpu"
+    is_shared = sparse.issparse(matrix) and not adata.is_view and np.may_share_memory(counts.data, matrix.data)
+    narrow = not is_shared or counts.dtype != np.float32 or torch.device(device).type != "cpu"
     return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels, narrow)
 
 

@@ -351,7 +351,8 @@ def log_prob(log_mean, log_total, highest, theta, gate, x, cell, gene, result, d
 def take_rows(values, genes, offsets, rows):
     """Return the non-zeros of some rows of a CSR matrix: values, row among `rows`, column; each ``[n_nonzero]``.
 
-    The values are returned in single precision, whatever type they are of. And where those of each row begin, and those of the last end.
+    And where those of each row begin, and those of the last end. The values are returned in single precision, whatever
+    they are of.
     """
     n_nonzero, ends = 0, np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
