@@ -267,8 +267,8 @@ class Store:
         found = []
         for file, row in zip(*self.origin(rows), strict=True):
             path = self.files[file]
-            (table,) = open_tables(path, self.schema.layer).tables
-            found.append(f"{table.names([row])[0]} (row {row:,} of {path})")
+            with open_tables(path, self.schema.layer) as tables:
+                found.append(str(tables.obs_names[row]))
         return found
 
     def _array(self, name: str, first: int, last: int) -> np.ndarray:
