@@ -33,7 +33,7 @@ from scvae.data.tables import Block, Tables, open_tables
 from scvae.data.variable_genes import chosen_genes
 from scvae.kernels import rows as loops
 
-__all__ = ["Counts", "shuffled"]
+__all__ = ["Counts", "drawn", "shuffled"]
 
 _BLOCK = 64  # cells that have a checksum together
 _MOST_BINS = 256  # files that are open at once
@@ -88,9 +88,23 @@ def shuffled(
     OSError
         If the store cannot be written. In all of these cases nothing is written.
     """
-    tables = open_tables(source, layer)
+    with open_tables(source, layer) as tables:
+        return _shuffled(
+            tables, store, n_top_genes, memory, seed, progress, {**how, "layer": layer, "mask_var": mask_var}
+        )
+
+
+def _shuffled(
+    tables: Tables,
+    store: str | Path | None,
+    n_top_genes: int | None,
+    memory: int,
+    seed: int,
+    progress: Callable[..., Any] | None,
+    how: dict[str, Any],
+) -> Store:
     sources = [str(path.resolve()) for path in tables.paths]
-    how = {**how, "layer": layer, "mask_var": mask_var}
+    mask_var = how["mask_var"]
     if how.get("use_rep") is not None or how.get("image_key") is not None:
         raise ValueError("use_rep and image_key belong to cells in memory: read the file with anndata first.")
     n_top = None if n_top_genes is None else whole("n_top_genes", n_top_genes)
@@ -261,9 +275,9 @@ def _write(
     n_bytes = sum(table.n_nonzero for table in tables.tables) * (2 + of_genes.itemsize) + 12 * tables.n_obs
     n_bins = min(max(1, -(-n_bytes * 4 // memory)), _MOST_BINS)  # a bin and its permutation take half of the memory
     rng = np.random.default_rng([seed, 18])
-    bins = _Bins(folder / "bins", n_bins, of_genes)
+    bins = _Bins(folder / "bins", n_bins, of_genes, memory)
     for counts in _read(tables, schema, mask_var, "reading the cells", progress):
-        bins.scatter(counts, (rng.random(len(counts.ends) - 1) * n_bins).astype(np.int64))
+        bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
     bins.finish()
     lengths = {"values": sum(bins.n_nonzeros), "genes": sum(bins.n_nonzeros), "offsets": tables.n_obs + 1}
     dtypes = {"values": bins.dtype, "genes": of_genes, "offsets": np.dtype(np.int64)}
@@ -336,6 +350,11 @@ def _known_of(tables: Tables, schema: Schema) -> dict[str, np.ndarray]:
     return known
 
 
+def drawn(n: int, n_bins: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a bin for each of `n` cells, ``[n]``."""
+    return (rng.random(n) * n_bins).astype(np.int64)
+
+
 class _Bins:
     """Cells in files on the disk, each in the one that was drawn for it.
 
@@ -343,18 +362,19 @@ class _Bins:
     cell (int64) and its non-zeros (int32); values (uint8, uint16, or float32); genes.
     """
 
-    def __init__(self, folder: Path, n_bins: int, of_genes: np.dtype) -> None:
+    def __init__(self, folder: Path, n_bins: int, of_genes: np.dtype, memory: int) -> None:
         folder.mkdir()
         self.paths = [folder / str(i) for i in range(n_bins)]
-        self._files = [open(path, "wb", buffering=1 << 18) for path in self.paths]
+        room = min(max(memory // (16 * n_bins), 1 << 12), 1 << 18)
+        self._files = [open(path, "wb", buffering=room) for path in self.paths]
         self.n_cells, self.n_nonzeros = [0] * n_bins, [0] * n_bins
         self.dtype, self._of_genes = np.dtype(np.uint8), of_genes
 
-    def scatter(self, counts: Counts, drawn: np.ndarray) -> None:
-        """Add cells, each to the bin that was drawn for it."""
+    def scatter(self, counts: Counts, chosen: np.ndarray) -> None:
+        """Add cells, each to the bin that was chosen for it."""
         n_bins = len(self._files)
-        order = np.argsort(drawn, kind="stable")
-        bounds = np.searchsorted(drawn[order], np.arange(n_bins + 1))
+        order = np.argsort(chosen, kind="stable")
+        bounds = np.searchsorted(chosen[order], np.arange(n_bins + 1))
         values, genes, ends = _taken(counts.values, counts.genes, counts.ends, order, counts.dtype, self._of_genes)
         rows, lengths = counts.first + order, np.diff(ends).astype(np.int32)
         for i, file in enumerate(self._files):

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from scvae.data.cells import Schema
+from scvae.data.tables import open_tables
 
 __all__ = ["CELLS", "Rows", "Store", "bytes_of", "checksum", "open_store", "write_manifest"]
 
@@ -210,8 +211,8 @@ class Store:
         self._fill("log_factorial", first, into.log_factorial[cells])
         for i in range(len(self.schema.categories)):
             self._fill(f"codes/{i}", first, into.codes[cells, i])
-        for i, (mean, std) in enumerate(self.schema.continuous.values()):
-            into.continuous[cells, i] = (self._array(f"continuous/{i}", first, last) - mean) / std
+        for i in range(len(self.schema.continuous)):
+            self._fill(f"continuous/{i}", first, into.continuous[cells, i])
         if into.size_factor is not None:
             self._fill("size_factor", first, into.size_factor[cells])
         if into.labels is not None:
@@ -254,6 +255,21 @@ class Store:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
         files, places = zip(*found, strict=True)
         return np.concatenate(files).astype(np.int64), np.concatenate(places)
+
+    def names(self, rows: Sequence[int] | np.ndarray) -> list[str]:
+        """Return the names of cells, read from the files that they come from, with which file and row that is.
+
+        Raises
+        ------
+        FileNotFoundError
+            If a file is no longer there.
+        """
+        found = []
+        for file, row in zip(*self.origin(rows), strict=True):
+            path = self.files[file]
+            with open_tables(path, self.schema.layer) as tables:
+                found.append(str(tables.obs_names[row]))
+        return found
 
     def _array(self, name: str, first: int, last: int) -> np.ndarray:
         array = np.empty(last - first, dtype=self._pieces[name].dtype)

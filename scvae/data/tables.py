@@ -78,6 +78,11 @@ class Table:
         self.is_sparse = hasattr(self.matrix, "keys")
         self.n_cells, self.n_genes = self._shape()
 
+    def close(self) -> None:
+        """Close the file."""
+        if hasattr(self.group, "id"):  # of h5py
+            self.group.file.close()
+
     @cached_property
     def var(self) -> pd.DataFrame:
         """What is known of the genes."""
@@ -268,6 +273,17 @@ class Tables:
         self.n_obs, self.n_vars = int(self.starts[-1]), len(self.var_names)
         self.raw = None
 
+    def __enter__(self) -> Tables:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
+        for table in self.tables:
+            table.close()
+
     def part(self, first: int) -> SimpleNamespace:
         """Return what tells the names of the cells from `first` on, as an AnnData of them would."""
         return SimpleNamespace(obs_names=_Names(self, first), raw=None)
@@ -388,10 +404,17 @@ def open_tables(source: Any, layer: str | None = None) -> Tables:
     if not sources:
         raise ValueError("No file is named.")
     paths = [_path_of(each) for each in sources]
-    tables = [table for path in paths for table in _open(path, layer)]
-    if not sum(table.n_cells for table in tables):
-        raise ValueError(f"{tables[0].path} has no cells.")
-    return Tables(tables, paths)
+    tables: list[Table] = []
+    try:
+        for path in paths:
+            tables += _open(path, layer)
+        if not sum(table.n_cells for table in tables):
+            raise ValueError(f"{tables[0].path} has no cells.")
+        return Tables(tables, paths)
+    except BaseException:
+        for table in tables:
+            table.close()
+        raise
 
 
 def _path_of(source: Any) -> Path:
@@ -436,8 +459,12 @@ def _table(path: Path, group: Any, layer: str | None) -> Table:
     """Return a table; of what cannot be read in it, say so."""
     try:
         return Table(path, group, layer)
-    except (OSError, RuntimeError, AttributeError, TypeError) as error:
-        raise damaged(path, "an .h5ad" if path.is_file() else "a .zarr", error) from error
+    except BaseException as error:
+        if hasattr(group, "id"):
+            group.file.close()
+        if isinstance(error, OSError | RuntimeError | AttributeError | TypeError):
+            raise damaged(path, "an .h5ad" if path.is_file() else "a .zarr", error) from error
+        raise
 
 
 def _encoding(elem: Any) -> str:
