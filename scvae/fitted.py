@@ -23,22 +23,28 @@ from scipy import sparse
 from torch import Tensor
 
 from scvae.boundary import files
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
-from scvae.boundary.process import alone, device_of
+from scvae.boundary.process import alone, device_of, seed_from
+from scvae.data import results
 from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
+from scvae.data.tables import Tables, open_tables
 from scvae.extending import extended, with_batches
 from scvae.inference import evidence, marginal
 from scvae.inference.completion import completed
 from scvae.inference.marginal import Mix, as_of
 from scvae.inference.pace import pace_of
+from scvae.inference.progress import Progress
 from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
 
 __all__ = ["Fitted", "check_writable", "load"]
+
+#: Cells in files: the path of one, or several paths.
+Files = str | Path | Sequence[str | Path]
 
 _CHUNK = 1024  # cells at a time, by default
 _MIN_STEPS = 200  # of an extension
@@ -151,7 +157,7 @@ class Fitted:
 
     def embed(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
         give_std: bool = False,
         n_samples: int | None = None,
@@ -165,7 +171,8 @@ class Fitted:
         Parameters
         ----------
         adata
-            The cells. Genes may be in any order, and others may be among them.
+            The cells, or the path of a file of them, or of several. Genes may be in any order, and others may be among
+            them.
         give_std
             Return the posterior standard deviation too: two arrays, mean and standard deviation.
         n_samples
@@ -176,6 +183,13 @@ class Fitted:
         if n_samples is not None and give_std:
             raise ValueError("give_std belongs to the posterior mean, n_samples gives draws: pass one of them.")
         draws = 0 if n_samples is None else whole("n_samples", n_samples)
+        how: dict[str, Any] = {"batch_size": batch_size, "unknown_batch": unknown_batch, "missing_genes": missing_genes}
+        if are_files(adata):
+            how |= {"give_std": give_std, "n_samples": n_samples}
+            parts = [self.embed(block, seed=own, **how) for _, block, own in self._blocks(self._tables(adata), seed)]
+            if give_std:
+                return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
+            return np.concatenate(parts, axis=1 if draws else 0)
 
         def answer(batch: Batch) -> Tensor:
             if draws:
@@ -191,8 +205,9 @@ class Fitted:
 
     def transform(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
+        output: str | Path | None = None,
         key_added: str | None = None,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -203,14 +218,23 @@ class Fitted:
         Parameters
         ----------
         adata
-            The cells, to which ``.obsm``, ``.obs`` and ``.uns`` are written; after an error they are as they were.
+            The cells, to which ``.obsm``, ``.obs`` and ``.uns`` are written; after an error they are as they were. Or
+            the path of a file of them, or of several, which are left as they are.
+        output
+            Of files: the ``.h5ad`` or ``.zarr`` to which is written, as :func:`scvae.fit` does.
         key_added
             Key of ``.obsm`` to write to; by default that of the fit.
         batch_size, unknown_batch, missing_genes
             As above.
         """
-        check_anndata(adata, to_write=True)
         key = self.key_added if key_added is None else check_key("key_added", key_added)
+        if are_files(adata):
+            tables, output = self._opened(adata, output)
+            self._write_files(tables, output, key, batch_size, unknown_batch, missing_genes)
+            return
+        if output is not None:
+            raise ValueError("output belongs to cells in files; this AnnData is written to: leave output out.")
+        check_anndata(adata, to_write=True)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
         self._write(adata, cells, key, batch_size, unknown_batch)
 
@@ -291,7 +315,7 @@ class Fitted:
 
     def denoise(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
         batch: str | Sequence[str] | None = None,
         genes: Sequence[str] | None = None,
@@ -299,17 +323,18 @@ class Fitted:
         n_samples: int | None = None,
         as_frame: bool = False,
         layer_added: str | None = None,
+        output: str | Path | None = None,
         seed: int = 0,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
-    ) -> np.ndarray | pd.DataFrame:
+    ) -> np.ndarray | pd.DataFrame | None:
         """Return the expression that the model sees behind the counts, ``[n_cells, n_genes]``, float32.
 
         Parameters
         ----------
         adata
-            The cells.
+            The cells, or the path of a file of them, or of several.
         batch
             Decode all cells as if they were of this batch; of several, the mean. By default each as of its own.
         genes
@@ -324,10 +349,21 @@ class Fitted:
         layer_added
             Write the result to this layer of the AnnData too: a dense ``[n_cells, n_vars]``, with NaN for the genes
             that are not modelled or were not asked for.
+        output
+            Of files: an ``.h5ad`` or ``.zarr`` that becomes a copy of the file of the cells, with the result in the
+            layer `layer_added`, written a block of cells at a time; nothing is returned then.
         seed, batch_size, unknown_batch, missing_genes
             As above.
         """
-        check_anndata(adata, to_write=layer_added is not None)
+        if are_files(adata):
+            if output is None or layer_added is None or as_frame:
+                raise ValueError(
+                    "Of cells in files the result is written to a layer of a file: output=…, layer_added=…."
+                )
+        else:
+            check_anndata(adata, to_write=layer_added is not None)
+            if output is not None:
+                raise ValueError("output belongs to cells in files: leave it out, and write the AnnData afterwards.")
         schema = self.program.schema
         genes = schema.genes if genes is None else [genes] if isinstance(genes, str) else list(genes)
         columns = torch.tensor(_index(genes, schema.genes, "gene"), dtype=torch.int64, device=self.device)
@@ -360,13 +396,20 @@ class Fitted:
             size = self.program.library(cells).unsqueeze(-1) if library_size == "cell" else float(library_size)
             return total / (len(codes) * len(draws)) * size
 
-        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        if cells.missing is not None and library_size == "cell":
-            raise ValueError(
-                "library_size='cell' is of all genes of the model, and not all were measured: give a number, or pass "
-                "missing_genes='zero'."
-            )
-        result = self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
+        def asked(adata: AnnData, seed: int) -> np.ndarray:
+            cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+            if cells.missing is not None and library_size == "cell":
+                raise ValueError(
+                    "library_size='cell' is of all genes of the model, and not all were measured: give a number, or "
+                    "pass missing_genes='zero'."
+                )
+            return self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
+
+        if are_files(adata):
+            tables, output = self._opened(adata, output)
+            self._write_layer(tables, output, str(layer_added), genes, asked, seed)
+            return None
+        result = asked(adata, seed)
         if layer_added is not None:
             layer = of_all_genes(result, genes, adata)
             with _own(adata):
@@ -665,6 +708,25 @@ class Fitted:
                 cells.complete = partial(completed, self.program)
             return cells
 
+    def _tables(self, source: Files) -> Tables:
+        schema = self.program.schema
+        if (key := schema.use_rep or schema.image_key) is not None:
+            raise ValueError(f"The model reads adata.obsm[{key!r}]: read the file with anndata first.")
+        return open_tables(source, schema.layer)
+
+    def _opened(self, source: Files, output: str | Path | None) -> tuple[Tables, str | Path]:
+        """Open files of cells, and check the file to which their results are to be written."""
+        tables = self._tables(source)
+        if output is None:
+            raise ValueError("Results of cells in files are written to a file: name it, output='….h5ad'.")
+        results.check_output(output, tables)
+        return tables, output
+
+    def _blocks(self, tables: Tables, seed: int = 0) -> Iterator[tuple[int, AnnData, int]]:
+        """Go through cells in files; yield the row of the first of some, the cells, and a seed of their own."""
+        for first, block in results.blocks_of(tables, self.program.schema):
+            yield first, block, seed if first == 0 else seed_from(seed_of(seed), first)
+
     def _each(
         self,
         cells: Cells,
@@ -731,6 +793,90 @@ class Fitted:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
         key = self.key_added if key is None else key
         first = check_writable(adata, self.program, cells, key)
+        obs, obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
+        columns = self._columns(obs, first, key)
+        varm = self._varm(key, adata)
+        with _own(adata):
+            stale = own_keys(adata, key)
+            for name in stale["obs"]:
+                if name in adata.obs:
+                    del adata.obs[name]
+            for name in stale["obsm"]:
+                adata.obsm.pop(name, None)
+            for name, column in columns.items():
+                adata.obs[name] = column
+            adata.obsm.update({name: part.copy() for name, part in obsm.items()})
+            for name in stale["varm"]:
+                adata.varm.pop(name, None)
+            adata.varm.update(varm)
+            adata.uns[stem_of(key)] = self._record(key, obs, obsm, varm)
+
+    def _write_files(
+        self,
+        tables: Tables,
+        output: str | Path,
+        key: str,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
+        progress: bool = False,
+    ) -> None:
+        """Write everything that :func:`scvae.fit` promises to a file, a block of cells at a time."""
+        how: dict[str, Any] = {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
+        _, block, _ = next(self._blocks(tables))
+        first = check_writable(results.there_will_be(tables), self.program, self._cells(block, **how), key)
+
+        def fill(file: results.Results) -> None:
+            for place, names in own_keys(file, key).items():
+                for name in names:
+                    file.remove(place, name)
+            obs: dict[str, list[np.ndarray]] = {}
+            arrays: dict[str, Any] = {}
+            with Progress(total=tables.n_obs, desc="scvae: embedding", unit="cell", disable=not progress) as bar:
+                for start, block, _ in self._blocks(tables):
+                    cells = self._cells(block, **how)
+                    of_obs, of_obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
+                    for name, column in of_obs.items():
+                        obs.setdefault(name, []).append(column.copy())
+                    for name, part in of_obsm.items():
+                        if name not in arrays:
+                            arrays[name] = file.array("obsm", name, part.shape[1])
+                        arrays[name][start : start + len(part)] = part
+                    bar.update(len(cells))
+            columns = self._columns({name: np.concatenate(parts) for name, parts in obs.items()}, first, key)
+            varm = self._varm(key, tables)
+            for place, found in (("obs", columns), ("varm", varm)):
+                for name, value in found.items():
+                    file.put(place, name, value)
+            file.put("uns", stem_of(key), self._record(key, columns, arrays, varm))
+
+        results.write(output, tables, fill)
+
+    def _write_layer(
+        self,
+        tables: Tables,
+        output: str | Path,
+        layer: str,
+        genes: Sequence[str],
+        asked: Callable[[AnnData, int], np.ndarray],
+        seed: int,
+    ) -> None:
+        """Write what is asked of cells in files, ``[n_cells, n_genes]``, to a layer of a file."""
+        if layer in results.there_will_be(tables).layers:
+            raise ValueError(f"layer_added={layer!r}: {tables.paths[0]} has such a layer; name another.")
+
+        def fill(file: results.Results) -> None:
+            array = file.array("layers", layer, tables.n_vars)
+            for first, block, own in self._blocks(tables, seed):
+                part = of_all_genes(asked(block, own), genes, tables)
+                array[first : first + len(part)] = part
+
+        results.write(output, tables, fill)
+
+    def _all(
+        self, cells: Cells, first: dict[tuple[str, str], Tensor], key: str, batch_size: int, unknown_batch: str
+    ) -> list[np.ndarray]:
+        """Return all that is written of each cell, part by part as in `first`, each ``[n, width]``."""
         widths = [part[0].numel() for part in first.values()]
 
         def answer(batch: Batch) -> Tensor:
@@ -741,23 +887,32 @@ class Fitted:
             latent = marginal.moments(latent.unflatten(-1, (2, -1)), weights).flatten(1)
             return torch.cat([latent, marginal.likeliest(others, weights)], 1)
 
-        parts = np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
-        obs: dict[str, Any] = {}
-        obsm: dict[str, np.ndarray] = {}
-        for ((place, full), like), part in zip(first.items(), parts, strict=True):
-            if place == "obsm":
-                obsm[full] = part.copy()
-            elif like.dtype.is_floating_point:
-                obs[full] = part[:, 0]
-            elif full == f"{stem_of(key)}_label":
-                obs[full] = pd.Categorical.from_codes(part[:, 0].astype(int), list(self.program.schema.labels))
+        return np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
+
+    def _columns(
+        self, obs: dict[str, np.ndarray], first: dict[tuple[str, str], Tensor], key: str
+    ) -> dict[str, np.ndarray | pd.Categorical]:
+        """Return columns of ``.obs`` as they are written: whole numbers as categories."""
+        columns: dict[str, np.ndarray | pd.Categorical] = {}
+        for name, values in obs.items():
+            if first["obs", name].dtype.is_floating_point:
+                columns[name] = values
+            elif name == f"{stem_of(key)}_label":
+                columns[name] = pd.Categorical.from_codes(values.astype(int), list(self.program.schema.labels))
             else:
-                obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
-        varm = {
+                columns[name] = pd.Categorical(values.astype(int)).rename_categories(str)
+        return columns
+
+    def _varm(self, key: str, adata: AnnData | Tables) -> dict[str, np.ndarray]:
+        """Return what is written of each gene, ``[n_vars, k]``."""
+        return {
             f"{key}_{name}": of_all_genes(values.T.cpu().numpy(), self.genes, adata).T.copy()
             for name, values in _of_genes(self.program).items()
         }
-        record = {
+
+    def _record(self, key: str, obs: Iterable[str], obsm: Iterable[str], varm: Iterable[str]) -> dict[str, Any]:
+        """Return the record of the model in ``.uns``, with the names of what is written elsewhere."""
+        return {
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "key_added": key,
@@ -773,20 +928,15 @@ class Fitted:
             "history": {name: column.to_numpy() for name, column in self.history.items()},
             "stopped": self.stopped,
         }
-        with _own(adata):
-            stale = own_keys(adata, key)
-            for name in stale["obs"]:
-                if name in adata.obs:
-                    del adata.obs[name]
-            for name in stale["obsm"]:
-                adata.obsm.pop(name, None)
-            for name, column in obs.items():
-                adata.obs[name] = column
-            adata.obsm.update(obsm)
-            for name in stale["varm"]:
-                adata.varm.pop(name, None)
-            adata.varm.update(varm)
-            adata.uns[stem_of(key)] = record
+
+
+def _by_place(
+    first: dict[tuple[str, str], Tensor], parts: list[np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what is written of each cell to ``.obs``, ``[n]``, and to ``.obsm``, ``[n, width]``, by name."""
+    by_name = dict(zip(first, parts, strict=True))
+    obs = {name: part[:, 0] for (place, name), part in by_name.items() if place == "obs"}
+    return obs, {name: part for (place, name), part in by_name.items() if place == "obsm"}
 
 
 def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[tuple[str, str], Tensor]:
@@ -829,7 +979,7 @@ def _of_genes(program: Program) -> dict[str, Tensor]:
     return {} if found is None else {"loadings": found}
 
 
-def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData) -> np.ndarray:
+def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData | Tables) -> np.ndarray:
     """Return ``[n, n_vars]`` of ``[n, n_genes]``: NaN for the genes of the AnnData that are not among `genes`."""
     result = np.full((len(values), adata.n_vars), np.nan, dtype=np.float32)
     place = {name: i for i, name in enumerate(map(str, genes))}
