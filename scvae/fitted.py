@@ -25,7 +25,7 @@ from torch import Tensor
 from scvae.boundary import files
 from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
-from scvae.boundary.options import Range, one_of, real, seed_of, whole
+from scvae.boundary.options import Range, bytes_of, one_of, real, seed_of, whole
 from scvae.boundary.process import alone, device_of, seed_from
 from scvae.data import results
 from scvae.data.categories import name_of
@@ -69,6 +69,8 @@ class Fitted:
         (:mod:`scvae.inference.completion`).
     batch_size
         Cells that are computed at a time.
+    memory
+        Of cells in files: how much memory they may take at a time, such as ``"500MB"``.
     seed
         Of the draws, where there are any.
 
@@ -161,6 +163,7 @@ class Fitted:
         *,
         give_std: bool = False,
         n_samples: int | None = None,
+        memory: str | int = "2GB",
         seed: int = 0,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -177,7 +180,7 @@ class Fitted:
             Return the posterior standard deviation too: two arrays, mean and standard deviation.
         n_samples
             Return so many draws of the posterior in place of its mean, ``[n_samples, n_cells, n_latent]``.
-        seed, batch_size, unknown_batch, missing_genes
+        memory, seed, batch_size, unknown_batch, missing_genes
             As above.
         """
         if n_samples is not None and give_std:
@@ -186,7 +189,9 @@ class Fitted:
         how: dict[str, Any] = {"batch_size": batch_size, "unknown_batch": unknown_batch, "missing_genes": missing_genes}
         if are_files(adata):
             how |= {"give_std": give_std, "n_samples": n_samples}
-            parts = [self.embed(block, seed=own, **how) for _, block, own in self._blocks(self._tables(adata), seed)]
+            parts = [
+                self.embed(block, seed=own, **how) for _, block, own in self._blocks(self._tables(adata), memory, seed)
+            ]
             if give_std:
                 return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
             return np.concatenate(parts, axis=1 if draws else 0)
@@ -208,6 +213,7 @@ class Fitted:
         adata: AnnData | Files,
         *,
         output: str | Path | None = None,
+        memory: str | int = "2GB",
         key_added: str | None = None,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -224,13 +230,13 @@ class Fitted:
             Of files: the ``.h5ad`` or ``.zarr`` to which is written, as :func:`scvae.fit` does.
         key_added
             Key of ``.obsm`` to write to; by default that of the fit.
-        batch_size, unknown_batch, missing_genes
+        memory, batch_size, unknown_batch, missing_genes
             As above.
         """
         key = self.key_added if key_added is None else check_key("key_added", key_added)
         if are_files(adata):
             tables, output = self._opened(adata, output)
-            self._write_files(tables, output, key, batch_size, unknown_batch, missing_genes)
+            self._write_files(tables, output, key, memory, batch_size, unknown_batch, missing_genes)
             return
         if output is not None:
             raise ValueError("output belongs to cells in files; this AnnData is written to: leave output out.")
@@ -324,6 +330,7 @@ class Fitted:
         as_frame: bool = False,
         layer_added: str | None = None,
         output: str | Path | None = None,
+        memory: str | int = "2GB",
         seed: int = 0,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -352,7 +359,7 @@ class Fitted:
         output
             Of files: an ``.h5ad`` or ``.zarr`` that becomes a copy of the file of the cells, with the result in the
             layer `layer_added`, written a block of cells at a time; nothing is returned then.
-        seed, batch_size, unknown_batch, missing_genes
+        memory, seed, batch_size, unknown_batch, missing_genes
             As above.
         """
         if are_files(adata):
@@ -407,7 +414,12 @@ class Fitted:
 
         if are_files(adata):
             tables, output = self._opened(adata, output)
-            self._write_layer(tables, output, str(layer_added), genes, asked, seed)
+            wanted = str(layer_added)
+            if wanted in results.there_will_be(tables).layers:
+                raise ValueError(f"layer_added={wanted!r}: {tables.paths[0]} has such a layer; name another.")
+            blocks = self._blocks(tables, memory, seed)
+            parts = ((first, of_all_genes(asked(block, own), genes, tables)) for first, block, own in blocks)
+            results.write_array(output, tables, ("layers", wanted), parts)
             return None
         result = asked(adata, seed)
         if layer_added is not None:
@@ -722,9 +734,9 @@ class Fitted:
         results.check_output(output, tables)
         return tables, output
 
-    def _blocks(self, tables: Tables, seed: int = 0) -> Iterator[tuple[int, AnnData, int]]:
+    def _blocks(self, tables: Tables, memory: str | int, seed: int = 0) -> Iterator[tuple[int, AnnData, int]]:
         """Go through cells in files; yield the row of the first of some, the cells, and a seed of their own."""
-        for first, block in results.blocks_of(tables, self.program.schema):
+        for first, block in results.blocks_of(tables, self.program.schema, bytes_of("memory", memory)):
             yield first, block, seed if first == 0 else seed_from(seed_of(seed), first)
 
     def _each(
@@ -816,6 +828,7 @@ class Fitted:
         tables: Tables,
         output: str | Path,
         key: str,
+        memory: str | int,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
@@ -823,7 +836,7 @@ class Fitted:
     ) -> None:
         """Write everything that :func:`scvae.fit` promises to a file, a block of cells at a time."""
         how: dict[str, Any] = {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
-        _, block, _ = next(self._blocks(tables))
+        _, block, _ = next(self._blocks(tables, memory))
         first = check_writable(results.there_will_be(tables), self.program, self._cells(block, **how), key)
 
         def fill(file: results.Results) -> None:
@@ -833,7 +846,7 @@ class Fitted:
             obs: dict[str, list[np.ndarray]] = {}
             arrays: dict[str, Any] = {}
             with Progress(total=tables.n_obs, desc="scvae: embedding", unit="cell", disable=not progress) as bar:
-                for start, block, _ in self._blocks(tables):
+                for start, block, _ in self._blocks(tables, memory):
                     cells = self._cells(block, **how)
                     of_obs, of_obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
                     for name, column in of_obs.items():
@@ -852,26 +865,13 @@ class Fitted:
 
         results.write(output, tables, fill)
 
-    def _write_layer(
-        self,
-        tables: Tables,
-        output: str | Path,
-        layer: str,
-        genes: Sequence[str],
-        asked: Callable[[AnnData, int], np.ndarray],
-        seed: int,
-    ) -> None:
-        """Write what is asked of cells in files, ``[n_cells, n_genes]``, to a layer of a file."""
-        if layer in results.there_will_be(tables).layers:
-            raise ValueError(f"layer_added={layer!r}: {tables.paths[0]} has such a layer; name another.")
-
-        def fill(file: results.Results) -> None:
-            array = file.array("layers", layer, tables.n_vars)
-            for first, block, own in self._blocks(tables, seed):
-                part = of_all_genes(asked(block, own), genes, tables)
-                array[first : first + len(part)] = part
-
-        results.write(output, tables, fill)
+    def _write_embedding(self, source: Files, output: str | Path, key: str, memory: str | int, **how: Any) -> None:
+        """Write the embedding of cells in files to a file, and nothing else."""
+        tables, output = self._opened(source, output)
+        read = {"obsm": [self.program.schema.use_rep]}
+        check_free(results.there_will_be(tables), key, obsm=[key], read=read)
+        parts = ((first, np.asarray(self.embed(block, **how))) for first, block, _ in self._blocks(tables, memory))
+        results.write_array(output, tables, ("obsm", key), parts)
 
     def _all(
         self, cells: Cells, first: dict[tuple[str, str], Tensor], key: str, batch_size: int, unknown_batch: str

@@ -252,7 +252,7 @@ def fit(
     if tables is None:
         fitted._write(adata, cells)
     elif output is not None:
-        fitted._write_files(tables, output, key_added, progress=progress)
+        fitted._write_files(tables, output, key_added, budget, progress=progress)
     return fitted
 
 

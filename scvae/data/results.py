@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,20 +25,22 @@ from scvae.boundary import files, formats
 from scvae.data.cells import Schema
 from scvae.data.tables import Table, Tables
 
-__all__ = ["Results", "blocks_of", "check_output", "there_will_be", "write"]
+__all__ = ["Results", "blocks_of", "check_output", "there_will_be", "write", "write_array"]
 
+_FEWEST, _MOST = 1 << 10, 1 << 16  # cells that are read in one go
 _CHUNK = 1 << 18  # numbers of an array that lie together in the file
 
 
-def blocks_of(tables: Tables, schema: Schema) -> Iterator[tuple[int, AnnData]]:
+def blocks_of(tables: Tables, schema: Schema, memory: int) -> Iterator[tuple[int, AnnData]]:
     """Go through the cells of files, in order, and yield the row of the first of some and what a model reads of them.
 
+    They are so many that a dense matrix of them takes an eighth of the `memory`, bytes, and no fewer than 1,024.
     Warnings are given for the first of them only, since those of the others would say the same.
     """
     columns = {key: tables.obs[key] for key in schema.columns if key != schema.labels_key}
     with warnings.catch_warnings():
         for table, start in zip(tables.tables, tables.starts, strict=False):
-            for block in table.blocks():
+            for block in table.blocks(max(_FEWEST, min(_MOST, memory // (32 * max(1, table.n_genes))))):
                 first, last = int(start) + block.first, int(start) + block.last
                 counts = sparse.csr_matrix(
                     (block.data, block.indices, block.indptr), shape=(last - first, table.n_genes)
@@ -87,6 +90,25 @@ def write(path: str | Path, tables: Tables, fill: Callable[[Results], None]) -> 
         files.write_folder(path, lambda part: _write_zarr(part, tables, fill))
     else:
         files.write_file(path, lambda part: _write_h5ad(part, tables, fill))
+
+
+def write_array(
+    path: str | Path, tables: Tables, name: tuple[str, str], parts: Iterable[tuple[int, np.ndarray]]
+) -> None:
+    """Write an array with a row for each cell, of which parts come with the row of their first cell, as :func:`write`.
+
+    `name` is where it is written, ``obsm`` or ``layers``, and its key there. The first part is made before anything is
+    written.
+    """
+    parts = iter(parts)
+    start = next(parts)
+
+    def fill(file: Results) -> None:
+        array = file.array(*name, start[1].shape[1])
+        for first, part in chain([start], parts):
+            array[first : first + len(part)] = part
+
+    write(path, tables, fill)
 
 
 class Results:
@@ -199,7 +221,9 @@ def _write_zarr(part: Path, tables: Tables, fill: Callable[[Results], None]) -> 
     else:
         _joined(tables.tables).write_zarr(part)
     (part / ".zmetadata").unlink(missing_ok=True)  # metadata of all arrays in one file, from which nothing is changed
-    plain = {"use_consolidated": False} if "use_consolidated" in signature(zarr.open_group).parameters else {}
+    plain: dict[str, Any] = (
+        {"use_consolidated": False} if "use_consolidated" in signature(zarr.open_group).parameters else {}
+    )
     fill(Results(zarr.open_group(part, mode="r+", **plain), tables.n_obs, tables.n_vars))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zarr 3, that other programs may not know of consolidated metadata
