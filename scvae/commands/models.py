@@ -215,9 +215,7 @@ def fit(
     options = {**named, **_options(program, option or (), named)}
     if memory is None and (n_top_genes is not None or store is not None):
         raise typer.BadParameter("--n-top-genes and --store belong to --memory")
-    streamed = (
-        {} if memory is None else {"memory": memory, "output": output, "n_top_genes": n_top_genes, "store": store}
-    )
+    streamed: dict[str, Any] = {"memory": memory, "output": output, "n_top_genes": n_top_genes, "store": store}
     adata = formats.read(input) if memory is None else str(input)
     fitted = scvae.fit(
         adata,
