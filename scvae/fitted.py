@@ -7,7 +7,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,22 +23,28 @@ from scipy import sparse
 from torch import Tensor
 
 from scvae.boundary import files
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
-from scvae.boundary.options import Range, one_of, real, seed_of, whole
-from scvae.boundary.process import alone, device_of
+from scvae.boundary.options import Range, bytes_of, one_of, real, seed_of, whole
+from scvae.boundary.process import alone, device_of, seed_from
+from scvae.data import results
 from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.reading import read_cells, some
+from scvae.data.tables import Tables, open_tables
 from scvae.extending import extended, with_batches
 from scvae.inference import evidence, marginal
 from scvae.inference.completion import completed
 from scvae.inference.marginal import Mix, as_of
 from scvae.inference.pace import pace_of
+from scvae.inference.progress import Progress
 from scvae.inference.svi import Course, Training
 from scvae.programs import PROGRAMS, Program
 
 __all__ = ["Fitted", "check_writable", "load"]
+
+#: Cells in files: the path of one, or several paths.
+Files = str | Path | Sequence[str | Path]
 
 _CHUNK = 1024  # cells at a time, by default
 _MIN_STEPS = 200  # of an extension
@@ -64,6 +69,8 @@ class Fitted:
         (:mod:`scvae.inference.completion`).
     batch_size
         Cells that are computed at a time.
+    memory
+        Of cells in files: how much memory they may take at a time, such as ``"500MB"``.
     seed
         Of the draws, where there are any.
 
@@ -152,10 +159,11 @@ class Fitted:
 
     def embed(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
         give_std: bool = False,
         n_samples: int | None = None,
+        memory: str | int = "2GB",
         seed: int = 0,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -166,17 +174,27 @@ class Fitted:
         Parameters
         ----------
         adata
-            The cells. Genes may be in any order, and others may be among them.
+            The cells, or the path of a file of them, or of several. Genes may be in any order, and others may be among
+            them.
         give_std
             Return the posterior standard deviation too: two arrays, mean and standard deviation.
         n_samples
             Return so many draws of the posterior in place of its mean, ``[n_samples, n_cells, n_latent]``.
-        seed, batch_size, unknown_batch, missing_genes
+        memory, seed, batch_size, unknown_batch, missing_genes
             As above.
         """
         if n_samples is not None and give_std:
             raise ValueError("give_std belongs to the posterior mean, n_samples gives draws: pass one of them.")
         draws = 0 if n_samples is None else whole("n_samples", n_samples)
+        how: dict[str, Any] = {"batch_size": batch_size, "unknown_batch": unknown_batch, "missing_genes": missing_genes}
+        if are_files(adata):
+            how |= {"give_std": give_std, "n_samples": n_samples}
+            parts = [
+                self.embed(block, seed=own, **how) for _, block, own in self._blocks(self._tables(adata), memory, seed)
+            ]
+            if give_std:
+                return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
+            return np.concatenate(parts, axis=1 if draws else 0)
 
         def answer(batch: Batch) -> Tensor:
             if draws:
@@ -192,8 +210,10 @@ class Fitted:
 
     def transform(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
+        output: str | Path | None = None,
+        memory: str | int = "2GB",
         key_added: str | None = None,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
@@ -204,14 +224,23 @@ class Fitted:
         Parameters
         ----------
         adata
-            The cells, to which ``.obsm``, ``.obs`` and ``.uns`` are written; after an error they are as they were.
+            The cells, to which ``.obsm``, ``.obs`` and ``.uns`` are written; after an error they are as they were. Or
+            the path of a file of them, or of several, which are left as they are.
+        output
+            Of files: the ``.h5ad`` or ``.zarr`` to which is written, as :func:`scvae.fit` does.
         key_added
             Key of ``.obsm`` to write to; by default that of the fit.
-        batch_size, unknown_batch, missing_genes
+        memory, batch_size, unknown_batch, missing_genes
             As above.
         """
-        check_anndata(adata, to_write=True)
         key = self.key_added if key_added is None else check_key("key_added", key_added)
+        if are_files(adata):
+            tables, output = self._opened(adata, output)
+            self._write_files(tables, output, key, memory, batch_size, unknown_batch, missing_genes)
+            return
+        if output is not None:
+            raise ValueError("output belongs to cells in files; this AnnData is written to: leave output out.")
+        check_anndata(adata, to_write=True)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
         self._write(adata, cells, key, batch_size, unknown_batch)
 
@@ -292,7 +321,7 @@ class Fitted:
 
     def denoise(
         self,
-        adata: AnnData,
+        adata: AnnData | Files,
         *,
         batch: str | Sequence[str] | None = None,
         genes: Sequence[str] | None = None,
@@ -300,17 +329,19 @@ class Fitted:
         n_samples: int | None = None,
         as_frame: bool = False,
         layer_added: str | None = None,
+        output: str | Path | None = None,
+        memory: str | int = "2GB",
         seed: int = 0,
         batch_size: int = _CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
-    ) -> np.ndarray | pd.DataFrame:
+    ) -> np.ndarray | pd.DataFrame | None:
         """Return the expression that the model sees behind the counts, ``[n_cells, n_genes]``, float32.
 
         Parameters
         ----------
         adata
-            The cells.
+            The cells, or the path of a file of them, or of several.
         batch
             Decode all cells as if they were of this batch; of several, the mean. By default each as of its own.
         genes
@@ -325,10 +356,21 @@ class Fitted:
         layer_added
             Write the result to this layer of the AnnData too: a dense ``[n_cells, n_vars]``, with NaN for the genes
             that are not modelled or were not asked for.
-        seed, batch_size, unknown_batch, missing_genes
+        output
+            Of files: an ``.h5ad`` or ``.zarr`` that becomes a copy of the file of the cells, with the result in the
+            layer `layer_added`, written a block of cells at a time; nothing is returned then.
+        memory, seed, batch_size, unknown_batch, missing_genes
             As above.
         """
-        check_anndata(adata, to_write=layer_added is not None)
+        if are_files(adata):
+            if output is None or layer_added is None or as_frame:
+                raise ValueError(
+                    "Of cells in files the result is written to a layer of a file: output=…, layer_added=…."
+                )
+        else:
+            check_anndata(adata, to_write=layer_added is not None)
+            if output is not None:
+                raise ValueError("output belongs to cells in files: leave it out, and write the AnnData afterwards.")
         schema = self.program.schema
         genes = schema.genes if genes is None else [genes] if isinstance(genes, str) else list(genes)
         columns = torch.tensor(_index(genes, schema.genes, "gene"), dtype=torch.int64, device=self.device)
@@ -361,13 +403,25 @@ class Fitted:
             size = self.program.library(cells).unsqueeze(-1) if library_size == "cell" else float(library_size)
             return total / (len(codes) * len(draws)) * size
 
-        cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        if cells.missing is not None and library_size == "cell":
-            raise ValueError(
-                "library_size='cell' is of all genes of the model, and not all were measured: give a number, or pass "
-                "missing_genes='zero'."
-            )
-        result = self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
+        def asked(adata: AnnData, seed: int) -> np.ndarray:
+            cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
+            if cells.missing is not None and library_size == "cell":
+                raise ValueError(
+                    "library_size='cell' is of all genes of the model, and not all were measured: give a number, or "
+                    "pass missing_genes='zero'."
+                )
+            return self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
+
+        if are_files(adata):
+            tables, output = self._opened(adata, output)
+            wanted = str(layer_added)
+            if wanted in results.there_will_be(tables).layers:
+                raise ValueError(f"layer_added={wanted!r}: {tables.paths[0]} has such a layer; name another.")
+            blocks = self._blocks(tables, memory, seed)
+            parts = ((first, of_all_genes(asked(block, own), genes, tables)) for first, block, own in blocks)
+            results.write_array(output, tables, ("layers", wanted), parts)
+            return None
+        result = asked(adata, seed)
         if layer_added is not None:
             layer = of_all_genes(result, genes, adata)
             with _own(adata):
@@ -651,7 +705,7 @@ class Fitted:
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "options": self.program.options,
-            "schema": _content(self.program.schema),
+            "schema": self.program.schema.described(),
             "course": {**vars(self.course), "history": self.history.to_dict("list")},
             "training": self.training,
             "key_added": self.key_added,
@@ -665,6 +719,25 @@ class Fitted:
             if cells.missing is not None:
                 cells.complete = partial(completed, self.program)
             return cells
+
+    def _tables(self, source: Files) -> Tables:
+        schema = self.program.schema
+        if (key := schema.use_rep or schema.image_key) is not None:
+            raise ValueError(f"The model reads adata.obsm[{key!r}]: read the file with anndata first.")
+        return open_tables(source, schema.layer)
+
+    def _opened(self, source: Files, output: str | Path | None) -> tuple[Tables, str | Path]:
+        """Open files of cells, and check the file to which their results are to be written."""
+        tables = self._tables(source)
+        if output is None:
+            raise ValueError("Results of cells in files are written to a file: name it, output='….h5ad'.")
+        results.check_output(output, tables)
+        return tables, output
+
+    def _blocks(self, tables: Tables, memory: str | int, seed: int = 0) -> Iterator[tuple[int, AnnData, int]]:
+        """Go through cells in files; yield the row of the first of some, the cells, and a seed of their own."""
+        for first, block in results.blocks_of(tables, self.program.schema, bytes_of("memory", memory)):
+            yield first, block, seed if first == 0 else seed_from(seed_of(seed), first)
 
     def _each(
         self,
@@ -732,6 +805,78 @@ class Fitted:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
         key = self.key_added if key is None else key
         first = check_writable(adata, self.program, cells, key)
+        obs, obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
+        columns = self._columns(obs, first, key)
+        varm = self._varm(key, adata)
+        with _own(adata):
+            stale = own_keys(adata, key)
+            for name in stale["obs"]:
+                if name in adata.obs:
+                    del adata.obs[name]
+            for name in stale["obsm"]:
+                adata.obsm.pop(name, None)
+            for name, column in columns.items():
+                adata.obs[name] = column
+            adata.obsm.update({name: part.copy() for name, part in obsm.items()})
+            for name in stale["varm"]:
+                adata.varm.pop(name, None)
+            adata.varm.update(varm)
+            adata.uns[stem_of(key)] = self._record(key, obs, obsm, varm)
+
+    def _write_files(
+        self,
+        tables: Tables,
+        output: str | Path,
+        key: str,
+        memory: str | int,
+        batch_size: int = _CHUNK,
+        unknown_batch: str = "error",
+        missing_genes: str = "error",
+        progress: bool = False,
+    ) -> None:
+        """Write everything that :func:`scvae.fit` promises to a file, a block of cells at a time."""
+        how: dict[str, Any] = {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
+        _, block, _ = next(self._blocks(tables, memory))
+        first = check_writable(results.there_will_be(tables), self.program, self._cells(block, **how), key)
+
+        def fill(file: results.Results) -> None:
+            for place, names in own_keys(file, key).items():
+                for name in names:
+                    file.remove(place, name)
+            obs: dict[str, list[np.ndarray]] = {}
+            arrays: dict[str, Any] = {}
+            with Progress(total=tables.n_obs, desc="scvae: embedding", unit="cell", disable=not progress) as bar:
+                for start, block, _ in self._blocks(tables, memory):
+                    cells = self._cells(block, **how)
+                    of_obs, of_obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
+                    for name, column in of_obs.items():
+                        obs.setdefault(name, []).append(column.copy())
+                    for name, part in of_obsm.items():
+                        if name not in arrays:
+                            arrays[name] = file.array("obsm", name, part.shape[1])
+                        arrays[name][start : start + len(part)] = part
+                    bar.update(len(cells))
+            columns = self._columns({name: np.concatenate(parts) for name, parts in obs.items()}, first, key)
+            varm = self._varm(key, tables)
+            for place, found in (("obs", columns), ("varm", varm)):
+                for name, value in found.items():
+                    file.put(place, name, value)
+            file.put("uns", stem_of(key), self._record(key, columns, arrays, varm))
+
+        results.write(output, tables, fill)
+
+    def _write_embedding(self, source: Files, output: str | Path, key: str, memory: str | int, **how: Any) -> None:
+        """Write the embedding of cells in files to a file, and nothing else."""
+        tables, output = self._opened(source, output)
+        read = {"obsm": [self.program.schema.use_rep]}
+        check_free(results.there_will_be(tables), key, obsm=[key], read=read)
+        parts = ((first, np.asarray(self.embed(block, **how))) for first, block, _ in self._blocks(tables, memory))
+        results.write_array(output, tables, ("obsm", key), parts)
+
+    def _all(
+        self, cells: Cells, first: dict[tuple[str, str], Tensor], key: str, batch_size: int, unknown_batch: str
+    ) -> list[np.ndarray]:
+        """Return all that is written of each cell, part by part as in `first`, each ``[n, width]``."""
         widths = [part[0].numel() for part in first.values()]
 
         def answer(batch: Batch) -> Tensor:
@@ -742,23 +887,32 @@ class Fitted:
             latent = marginal.moments(latent.unflatten(-1, (2, -1)), weights).flatten(1)
             return torch.cat([latent, marginal.likeliest(others, weights)], 1)
 
-        parts = np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
-        obs: dict[str, Any] = {}
-        obsm: dict[str, np.ndarray] = {}
-        for ((place, full), like), part in zip(first.items(), parts, strict=True):
-            if place == "obsm":
-                obsm[full] = part.copy()
-            elif like.dtype.is_floating_point:
-                obs[full] = part[:, 0]
-            elif full == f"{stem_of(key)}_label":
-                obs[full] = pd.Categorical.from_codes(part[:, 0].astype(int), list(self.program.schema.labels))
+        return np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
+
+    def _columns(
+        self, obs: dict[str, np.ndarray], first: dict[tuple[str, str], Tensor], key: str
+    ) -> dict[str, np.ndarray | pd.Categorical]:
+        """Return columns of ``.obs`` as they are written: whole numbers as categories."""
+        columns: dict[str, np.ndarray | pd.Categorical] = {}
+        for name, values in obs.items():
+            if first["obs", name].dtype.is_floating_point:
+                columns[name] = values
+            elif name == f"{stem_of(key)}_label":
+                columns[name] = pd.Categorical.from_codes(values.astype(int), list(self.program.schema.labels))
             else:
-                obs[full] = pd.Categorical(part[:, 0].astype(int)).rename_categories(str)
-        varm = {
+                columns[name] = pd.Categorical(values.astype(int)).rename_categories(str)
+        return columns
+
+    def _varm(self, key: str, adata: AnnData | Tables) -> dict[str, np.ndarray]:
+        """Return what is written of each gene, ``[n_vars, k]``."""
+        return {
             f"{key}_{name}": of_all_genes(values.T.cpu().numpy(), self.genes, adata).T.copy()
             for name, values in _of_genes(self.program).items()
         }
-        record = {
+
+    def _record(self, key: str, obs: Iterable[str], obsm: Iterable[str], varm: Iterable[str]) -> dict[str, Any]:
+        """Return the record of the model in ``.uns``, with the names of what is written elsewhere."""
+        return {
             "version": version("scvae-pyro"),
             "program": self.program.name,
             "key_added": key,
@@ -774,20 +928,15 @@ class Fitted:
             "history": {name: column.to_numpy() for name, column in self.history.items()},
             "stopped": self.stopped,
         }
-        with _own(adata):
-            stale = own_keys(adata, key)
-            for name in stale["obs"]:
-                if name in adata.obs:
-                    del adata.obs[name]
-            for name in stale["obsm"]:
-                adata.obsm.pop(name, None)
-            for name, column in obs.items():
-                adata.obs[name] = column
-            adata.obsm.update(obsm)
-            for name in stale["varm"]:
-                adata.varm.pop(name, None)
-            adata.varm.update(varm)
-            adata.uns[stem_of(key)] = record
+
+
+def _by_place(
+    first: dict[tuple[str, str], Tensor], parts: list[np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return what is written of each cell to ``.obs``, ``[n]``, and to ``.obsm``, ``[n, width]``, by name."""
+    by_name = dict(zip(first, parts, strict=True))
+    obs = {name: part[:, 0] for (place, name), part in by_name.items() if place == "obs"}
+    return obs, {name: part for (place, name), part in by_name.items() if place == "obsm"}
 
 
 def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[tuple[str, str], Tensor]:
@@ -830,7 +979,7 @@ def _of_genes(program: Program) -> dict[str, Tensor]:
     return {} if found is None else {"loadings": found}
 
 
-def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData) -> np.ndarray:
+def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData | Tables) -> np.ndarray:
     """Return ``[n, n_vars]`` of ``[n, n_genes]``: NaN for the genes of the AnnData that are not among `genes`."""
     result = np.full((len(values), adata.n_vars), np.nan, dtype=np.float32)
     place = {name: i for i, name in enumerate(map(str, genes))}
@@ -871,27 +1020,10 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     if kind is None or kind.name != content["program"]:
         raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
     with alone(0, torch.device("cpu")):
-        made = kind(_schema(content["schema"]), **content["options"])  # the weights drawn here are replaced
+        made = kind(Schema.of(content["schema"]), **content["options"])  # the weights drawn here are replaced
         made.load_state_dict(load_tensors(weights))
     course = Course(**{**content["course"], "history": pd.DataFrame(content["course"]["history"])})
     return Fitted(made.to(where), course, content["training"], content["key_added"])
-
-
-def _content(schema: Schema) -> dict[str, Any]:
-    """Return a schema as JSON has it, which knows no keys but text: of tables, the pairs."""
-    return {
-        **asdict(schema),
-        "categories": list(schema.categories.items()),
-        "continuous": list(schema.continuous.items()),
-    }
-
-
-def _schema(content: dict[str, Any]) -> Schema:
-    def plain(value: Any) -> Any:
-        return tuple(map(plain, value)) if isinstance(value, list) else value
-
-    tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
-    return Schema(**{**{name: plain(value) for name, value in content.items()}, **tables})
 
 
 def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
 
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_key
-from scvae.boundary.options import Options, seed_of
+from scvae.boundary.options import Options, bytes_of, seed_of
 from scvae.boundary.process import alone, device_of
 from scvae.boundary.ranks import rank_here, ranks_of
+from scvae.data import results
 from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
-from scvae.fitted import Fitted, check_writable
+from scvae.data.shuffling import shuffled
+from scvae.data.store import Store
+from scvae.data.stored import cells_of
+from scvae.data.tables import open_tables
+from scvae.fitted import Files, Fitted, check_writable
 from scvae.inference.checkpoints import checkpoints_in
-from scvae.inference.progress import say
+from scvae.inference.progress import Progress, say
 from scvae.inference.svi import NonFiniteLoss, Training, train
 from scvae.kernels.operations import loops_are_compiled
 from scvae.programs import PROGRAMS, Program
@@ -28,7 +34,7 @@ __all__ = ["fit"]
 
 
 def fit(
-    adata: AnnData,
+    adata: AnnData | Files,
     program: str | type[Program] | Options = "zinb",
     *,
     layer: str | None = None,
@@ -51,6 +57,10 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_minutes: float = 5.0,
     resume: bool = False,
+    memory: str | int | None = None,
+    output: str | Path | None = None,
+    n_top_genes: int | None = None,
+    store: str | Path | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Fitted:
@@ -60,6 +70,8 @@ def fit(
     ----------
     adata
         Cells by genes. Raw counts, or what the program models, in ``.X`` or in `layer`: CSR, CSC, dense, backed, dask.
+        Or, where they are too many for the memory, the path of an ``.h5ad`` file, a ``.zarr`` folder or an annbatch
+        collection, or several paths; see *Cells in files* below.
     program
         Name of a program (``"zinb"`` for counts, ``"gaussian"`` for real numbers, ``"vq"`` and ``"vq_gaussian"`` for
         discrete codes of either, ``"pose"`` and ``"matrix_normal"`` for images), its options
@@ -114,6 +126,18 @@ def fit(
         Whether to go on from the newest checkpoint in that folder; where there is none, the training begins. The data
         and all arguments are to be those of before, and then the weights come out as they would have without an
         interruption: on a CPU the same numbers, bit by bit.
+    memory
+        Of cells in files: how much memory they may take, such as ``"500MB"``; by default ``"2GB"``. An AnnData that is
+        backed by a file is read into memory as a whole unless this is given.
+    output
+        Of cells in files: the ``.h5ad`` file or ``.zarr`` folder to which the results are written. A file that is there
+        is replaced.
+    n_top_genes
+        Of cells in files: so many highly variable genes are chosen, as
+        ``scanpy.pp.highly_variable_genes(flavor="seurat_v3")`` does, of those that `mask_var` marks, and modelled.
+    store
+        Of cells in files: the folder of their store; by default beside the file, with ``.scvae`` after its name, or
+        where that cannot be, in the user's cache folder.
     progress
         Whether to say what is fitted and to show a progress bar.
     **options
@@ -133,6 +157,15 @@ def fit(
         given, ``.obs["scvae_label_probability"]`` its probability, and ``.obsm[key_added + "_label_probability"]`` that
         of each label, ``[n_cells, n_labels]``, in the order of the categories of ``.obs["scvae_label"]``. With
         ``key_added="X_mine"`` these are ``.obs["mine_…"]`` and ``.uns["mine"]``.
+
+    Notes
+    -----
+    *Cells in files* are checked and written, in an order drawn at random and in types as narrow as can be, to a store
+    (:mod:`scvae.data.shuffling`), which a later fit to the same files uses again. Where that takes no more than half of
+    `memory` it is loaded, and else read a window at a time while the model is trained (:mod:`scvae.data.stored`). The
+    results, if they are wanted, go to `output`: a copy of the file, to which is written what would be written to the
+    AnnData; of several files, what is known of their cells, without the counts. Files that are given are left as they
+    are.
 
     Raises
     ------
@@ -160,9 +193,18 @@ def fit(
     >>> adata.obsm["X_scvae"].shape
     (200, 20)
     """
-    check_anndata(adata, to_write=True)
-    if adata.n_obs < 2:
-        raise ValueError(f"The AnnData has {adata.n_obs or 'no'} cell: a latent space needs at least two.")
+    tables = None
+    if are_files(adata) or (memory is not None and isinstance(adata, AnnData) and adata.isbacked):
+        tables = open_tables(adata, layer)
+        if output is not None:
+            results.check_output(output, tables)
+    else:
+        check_anndata(adata, to_write=True)
+        _check_in_memory(memory=memory, output=output, n_top_genes=n_top_genes, store=store)
+    n_cells = adata.n_obs if tables is None else tables.n_obs
+    if n_cells < 2:
+        raise ValueError(f"The AnnData has {n_cells or 'no'} cell: a latent space needs at least two.")
+    budget = _MEMORY if memory is None else bytes_of("memory", memory)
     where, seed, key_added = device_of(device), seed_of(seed), check_key("key_added", key_added)
     kind, chosen = program_of(program)
     given = {"max_epochs": max_epochs, "n_latent": n_latent, "batch_size": batch_size}
@@ -185,59 +227,92 @@ def fit(
         raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
     if image_key is not None and not kind.of_images:
         raise ValueError(f"image_key belongs to models of images; {kind.name!r} models the values of genes.")
+    how: dict[str, Any] = {
+        "kind": kind.kind_of(options),
+        "layer": layer,
+        "use_rep": use_rep,
+        "image_key": image_key,
+        "batch_key": batch_key,
+        "categorical_covariate_keys": categorical_covariate_keys,
+        "continuous_covariate_keys": continuous_covariate_keys,
+        "size_factor_key": size_factor_key,
+        "labels_key": labels_key,
+        "unlabeled": unlabeled,
+        "mask_var": mask_var,
+        "check_counts": check_counts,
+    }
+    is_first = rank_here() == 0  # of several processes, one speaks and writes
     with checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
-        schema = read_schema(
-            adata,
-            kind=kind.kind_of(options),
-            layer=layer,
-            use_rep=use_rep,
-            image_key=image_key,
-            batch_key=batch_key,
-            categorical_covariate_keys=categorical_covariate_keys,
-            continuous_covariate_keys=continuous_covariate_keys,
-            size_factor_key=size_factor_key,
-            labels_key=labels_key,
-            unlabeled=unlabeled,
-            mask_var=mask_var,
-            check_counts=check_counts,
-        )
-        is_first = rank_here() == 0  # of several processes, one speaks
+        stored = None
+        if tables is None:
+            schema = read_schema(adata, **how)
+        else:
+            bar = partial(Progress, disable=not (progress and is_first))
+            how |= {"store": store, "n_top_genes": n_top_genes, "memory": budget, "seed": seed, "progress": bar}
+            stored = shuffled(adata, **how)
+            schema = stored.schema
         with alone(seed, where, gradient=True):
             made = kind(schema, **options)
-            cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
+            if stored is None:
+                cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
+            else:
+                cells = cells_of(stored, where, budget, training.batch_size)
             if is_first and schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
                 warnings.warn(
                     f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2
                 )
             made.to(where).initialise(cells)
-            check_writable(adata, made, cells, key_added)
+            check_writable(adata if tables is None else results.there_will_be(tables), made, cells, key_added)
             if checkpoints is not None:
                 checkpoints.belong_to(made, cells, training, seed)
             if progress and is_first:
-                _say_what_is_fitted(made, cells, adata, mask_var)
+                _say_what_is_fitted(made, cells, (adata if tables is None else tables).n_vars, mask_var)
             try:
                 with ranks_of(where) as ranks:
                     course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
-                names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
+                names = ", ".join(_names_of(error.rows[:5], adata, stored))
                 error.args = (
                     f"The loss is not finite at step {error.step}, site {error.site!r}, in {len(error.rows)} cells "
-                    f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
+                    f"({names}). Look at those cells, or pass a smaller learning_rate. "
+                    + ("The AnnData is unchanged." if stored is None else "No result was written."),
                 )
                 raise
         fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
-        fitted._write(adata, cells)
+        if tables is None:
+            fitted._write(adata, cells)
+        elif output is not None and is_first:
+            fitted._write_files(tables, output, key_added, budget, progress=progress)
     return fitted
 
 
-def _say_what_is_fitted(program: Program, cells: Cells, adata: AnnData, mask_var: str | None) -> None:
+_MEMORY = 2_000_000_000  # bytes for cells in files
+
+
+def _check_in_memory(**given: Any) -> None:
+    """Refuse what belongs to cells in files."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name} belongs to cells in files, fit('cells.h5ad', …); this AnnData is in memory: leave {name} out."
+            )
+
+
+def _names_of(rows: Sequence[int], adata: Any, stored: Store | None) -> list[str]:
+    """Return what cells at fault are called in a message."""
+    if stored is None:
+        return [repr(str(name)) for name in adata.obs_names[rows]]
+    return [f"row {row:,} of {stored.files[file]}" for file, row in zip(*stored.origin(rows), strict=True)]
+
+
+def _say_what_is_fitted(program: Program, cells: Cells, n_vars: int, mask_var: str | None) -> None:
     schema, n_genes = program.schema, f"{cells.n_genes:,}"
     if schema.image_key is not None:
         what = f"images of {' × '.join(map(str, schema.image_shape or ()))} pixels"
     elif schema.use_rep is not None:
         what = f"{n_genes} features of {schema.use_rep!r}"
-    elif cells.n_genes < adata.n_vars:
-        what = f"{n_genes} of {adata.n_vars:,} genes ({'highly_variable' if mask_var == 'auto' else mask_var})"
+    elif cells.n_genes < n_vars:
+        what = f"{n_genes} of {n_vars:,} genes ({'highly_variable' if mask_var == 'auto' else mask_var})"
     else:
         what = f"{n_genes} genes"
     batches = "" if schema.batch_key is None else f", {len(schema.batches):,} batches"

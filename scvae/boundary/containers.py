@@ -9,7 +9,14 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData
 
-__all__ = ["check_anndata"]
+__all__ = ["are_files", "check_anndata"]
+
+
+def are_files(cells: Any) -> bool:
+    """Tell whether cells are given as files: a path, or several paths or AnnData that are backed by a file."""
+    if isinstance(cells, list | tuple):
+        return bool(cells) and all(are_files(each) or (isinstance(each, AnnData) and each.isbacked) for each in cells)
+    return isinstance(cells, str | os.PathLike)
 
 
 def check_anndata(adata: Any, *, to_write: bool = False) -> None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import h5py
     from anndata import AnnData
 
-__all__ = ["WRITTEN", "read", "write"]
+__all__ = ["WRITTEN", "damaged", "read", "write"]
 
 WRITTEN = (".h5ad", ".zarr")
 _READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
@@ -113,12 +113,12 @@ def _read_hdf5(path: Path, kind: str) -> AnnData:
             is_10x = "matrix/barcodes" in file or any(f"{key}/barcodes" in file for key in file)
             is_anndata = "X" in file or "obs" in file
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise _damaged(path, kind, error) from error
+        raise damaged(path, kind, error) from error
     if is_anndata:
         try:
             return anndata.read_h5ad(path)
         except OSError as error:
-            raise _damaged(path, "an .h5ad", error) from error
+            raise damaged(path, "an .h5ad", error) from error
     if not is_10x:
         raise ValueError(f"{path} is not {kind} file: it is HDF5, but holds other things. {_READ}")
     return _read_10x(path)
@@ -140,7 +140,7 @@ def _read_10x(path: Path) -> AnnData:
         try:
             adata = sc.read_10x_h5(path)
         except Exception as error:
-            raise _damaged(path, "a 10x .h5", error) from error
+            raise damaged(path, "a 10x .h5", error) from error
     if not adata.n_vars:
         raise ValueError(f"{path} holds no gene expression, of which its 10x .h5 would be read")
     adata.var_names_make_unique()
@@ -154,7 +154,7 @@ def _read_zarr(path: Path) -> AnnData:
     try:
         return anndata.read_zarr(path)
     except Exception as error:
-        raise _damaged(path, "a .zarr", error) from error
+        raise damaged(path, "a .zarr", error) from error
 
 
 def _read_loom(file: h5py.File) -> AnnData:
@@ -196,6 +196,7 @@ def _zarr() -> None:
         raise ImportError("a .zarr folder needs zarr: pip install zarr") from error
 
 
-def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
+def damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    """Return the error that says that a file or folder could not be read as what it should be."""
     what = "folder" if os.path.isdir(path) else "file"
     return ValueError(f"{path} is not {kind} {what}, or is damaged: {error}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,7 @@ __all__ = [
     "Range",
     "Whole",
     "allowed",
+    "bytes_of",
     "names_of",
     "one_of",
     "real",
@@ -123,6 +125,28 @@ def one_of(name: str, value: Any, among: Iterable[str]) -> str:
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} is one of {', '.join(map(repr, among))}, not {value!r}.{meant}")
     return str(value)
+
+
+def bytes_of(name: str, value: Any) -> int:
+    """Return how many bytes are meant, given as a number or as text with a unit.
+
+    Raises
+    ------
+    ValueError
+        If it is none.
+
+    Examples
+    --------
+    >>> bytes_of("memory", "2GB"), bytes_of("memory", "1.5 GiB"), bytes_of("memory", 4096)
+    (2000000000, 1610612736, 4096)
+    """
+    number = _number(value)
+    if isinstance(value, str) and (found := re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", value.strip().lower())):
+        prefix, base = " kmgt".index(found[2] or " "), 1024 if found[3] else 1000
+        number = float(found[1]) * base**prefix if found[1].count(".") < 2 and found[1] != "." else None
+    if number is None or not 1 <= number < 2**63:
+        raise ValueError(f"{name} is a number of bytes, such as '2GB', '500MB' or 2_000_000_000, not {value!r}.")
+    return int(number)
 
 
 def names_of(what: str, value: Any) -> list[str]:

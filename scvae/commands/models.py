@@ -23,6 +23,7 @@ from scvae.commands.parameters import (
     Input,
     Layer,
     MaxEpochs,
+    Memory,
     Missing,
     MissingGenes,
     Model,
@@ -178,6 +179,17 @@ def fit(
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in that folder; begin where there is none."),
     ] = False,
+    memory: Memory = None,
+    n_top_genes: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --memory: choose so many highly variable genes.", show_default=False),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --memory: the folder of the shuffled cells. [default: beside the file]", show_default=False
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -199,6 +211,8 @@ def fit(
 
       scvae fit cells.h5ad --prior mixture --option n_components=20 --output out.h5ad
 
+      scvae fit cells.h5ad --memory 2GB --output out.h5ad --model model
+
       scvae fit cells.h5ad --program gaussian --use-rep X_pca --batch-key batch --output out.h5ad
 
       scvae fit cells.h5ad --batch-key batch --model model --checkpoint checkpoints --resume
@@ -219,8 +233,11 @@ def fit(
     numbers = {"kl_weight": kl_weight, "weight_decay": weight_decay}
     named |= {name: value for name, value in numbers.items() if value is not None}
     options = {**named, **_options(program, option or (), named)}
+    if memory is None and (n_top_genes is not None or store is not None):
+        raise typer.BadParameter("--n-top-genes and --store belong to --memory")
+    streamed: dict[str, Any] = {"memory": memory, "output": output, "n_top_genes": n_top_genes, "store": store}
     with nullcontext() if checkpoint is None else watched(checkpoint, gives_back=False):
-        adata = formats.read(input)
+        adata = formats.read(input) if memory is None else str(input)
         fitted = scvae.fit(
             adata,
             program,
@@ -245,10 +262,19 @@ def fit(
             checkpoint_minutes=checkpoint_minutes,
             resume=resume,
             progress=not quiet,
+            **({} if memory is None else streamed),
             **options,
         )
     if rank_here() == 0:
-        write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
+        write_fitted(
+            fitted,
+            None if isinstance(adata, str) else adata,
+            model=model,
+            output=output,
+            key_added=key_added,
+            overwrite=overwrite,
+            quiet=quiet,
+        )
     end_if_interrupted(fitted)
 
 
@@ -262,6 +288,7 @@ def embed(
         str | None,
         typer.Option(help="Key of the embedding in .obsm. [default: that of the fit]", show_default=False),
     ] = None,
+    memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -281,10 +308,15 @@ def embed(
     if key_added is not None:
         check_key("--key-added", key_added)
     fitted = scvae.load(model, device=device)
-    adata = formats.read(input)
     key = fitted.key_added if key_added is None else key_added
+    how: dict[str, Any] = {"unknown_batch": unknown_batch.value, "missing_genes": missing_genes.value}
+    if memory is not None:
+        fitted._write_embedding(str(input), output, key, memory, **how)
+        say(f'embedding: .obsm["{key}"] in {output}', quiet)
+        return
+    adata = formats.read(input)
     check_free(adata, key, obsm=[key], read={"obsm": [fitted.program.schema.use_rep, fitted.program.schema.image_key]})
-    adata.obsm[key] = fitted.embed(adata, unknown_batch=unknown_batch.value, missing_genes=missing_genes.value)
+    adata.obsm[key] = fitted.embed(adata, **how)
     formats.write(adata, output)
     say(f'embedding: .obsm["{key}"] in {output}', quiet)
 
@@ -322,6 +354,7 @@ def denoise(
     seed: Annotated[int, typer.Option(help="The same seed gives the same draws.")] = 0,
     unknown_batch: Unknown = UnknownBatch.error,
     missing_genes: Missing = MissingGenes.error,
+    memory: Memory = None,
     device: Device = "auto",
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -342,9 +375,10 @@ def denoise(
     size = _library_size(library_size)
     check_key("--layer-added", layer_added)
     fitted = scvae.load(model, device=device)
-    adata = formats.read(input)
-    if layer_added in adata.layers:
+    adata = formats.read(input) if memory is None else str(input)
+    if not isinstance(adata, str) and layer_added in adata.layers:
         raise ValueError(f"--layer-added {layer_added}: {input} has such a layer; name another")
+    streamed: dict[str, Any] = {"output": output, "memory": memory}
     fitted.denoise(
         adata,
         batch=one_or_all(batch),
@@ -355,8 +389,10 @@ def denoise(
         seed=seed,
         unknown_batch=unknown_batch.value,
         missing_genes=missing_genes.value,
+        **({} if memory is None else streamed),
     )
-    formats.write(adata, output)
+    if not isinstance(adata, str):
+        formats.write(adata, output)
     say(f'expression: .layers["{layer_added}"] in {output}', quiet)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "Input",
     "Layer",
     "MaxEpochs",
+    "Memory",
     "Missing",
     "MissingGenes",
     "Model",
@@ -68,6 +69,15 @@ Missing = Annotated[
     typer.Option(help="Genes of the model that are absent: refuse, count as zero, or take as not measured."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …; auto takes a GPU when there is one.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Read the cells from the file a part at a time, and use so much memory for them, such as 2GB. "
+        "[default: the file is read whole]",
+        show_default=False,
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and say nothing but warnings and errors.")]
 

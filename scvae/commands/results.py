@@ -72,7 +72,7 @@ def check_drawing(figure: Path | None) -> None:
 
 def write_fitted(
     fitted: Fitted,
-    adata: AnnData,
+    adata: AnnData | None,
     *,
     model: Path | None,
     output: Path | None,
@@ -80,12 +80,16 @@ def write_fitted(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    """Save a fitted model, write the cells that it embedded, or both, as far as they are wanted, and say where."""
+    """Save a fitted model, write the cells that it embedded, or both, as far as they are wanted, and say where.
+
+    The cells are None where they are in the file already.
+    """
     if model is not None:
         fitted.save(model, overwrite=overwrite)
         say(f"model: {model}", quiet)
     if output is not None:
-        formats.write(adata, output)
+        if adata is not None:
+            formats.write(adata, output)
         say(f'embedding: .obsm["{key_added}"] in {output}', quiet)
 
 

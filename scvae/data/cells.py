@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,8 +16,12 @@ from torch import Tensor
 from scvae.boundary.process import generator
 from scvae.data.categories import name_of
 from scvae.data.order import Shuffled, n_minibatches
+from scvae.data.summary import Summary
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
+
+if TYPE_CHECKING:
+    from scvae.data.store import Rows
 
 __all__ = ["Batch", "Cells", "Key", "Schema"]
 
@@ -26,6 +30,9 @@ Key = str | int | tuple[str | int, ...]
 
 _MAX_SHARE = 0.6  # of a GPU's free memory that counts may take
 _BLOCK = 1 << 16  # cells looked at in one go
+_SUMMED = 1 << 12  # cells whose values are added up in one go
+_VALUES = 1 << 22  # values looked at in one go
+_LARGEST_NARROW = (1 << 16) - 1
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,21 @@ class Schema:
     def n_covariates(self) -> int:
         """Columns of the covariate matrix: the one-hot categories, then the continuous covariates."""
         return sum(self.widths) + len(self.continuous)
+
+    def described(self) -> dict[str, Any]:
+        """Return the schema as JSON has it, which knows no keys but text: of tables, the pairs."""
+        tables = {"categories": list(self.categories.items()), "continuous": list(self.continuous.items())}
+        return {**asdict(self), **tables}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Schema:
+        """Return the schema that JSON describes."""
+
+        def plain(value: Any) -> Any:
+            return tuple(map(plain, value)) if isinstance(value, list) else value
+
+        tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
+        return cls(**{**{name: plain(value) for name, value in content.items()}, **tables})
 
     def batch_of(self, codes: Tensor) -> Tensor:
         """Return the code of the batch of each cell, ``[n]``, out of the codes of all categorical covariates.
@@ -162,12 +184,13 @@ class Batch:
 class Cells:
     """Counts as CSR, and covariates, checked once, on a device.
 
-    Counts that would fill the memory of a GPU are kept in that of the host, and go to the device by the minibatch.
+    Counts that would fill the memory of a GPU are kept in that of the host, and go to the device by the minibatch. They
+    are kept in the narrowest types that hold them, and minibatches have them in single precision.
 
     Parameters
     ----------
     counts
-        ``[n_cells, n_genes]``, CSR, float32, without stored zeros or repeats.
+        ``[n_cells, n_genes]``, CSR, without stored zeros or repeats.
     codes
         Integer codes of the categorical covariates, ``[n_cells, n_keys]``, the batch's first; -1 is unknown.
     continuous
@@ -182,6 +205,8 @@ class Cells:
         Which genes were not measured, ``[n_genes]``, bool; or None, which takes what is not there for 0.
     labels
         Integer codes of the labels, ``[n_cells]``, -1 where a cell has none; or None.
+    narrow
+        False keeps counts that are float32 as they are: in the memory of `counts`, where that can be.
     """
 
     #: Puts what is expected of genes that were not measured in their places.
@@ -197,21 +222,43 @@ class Cells:
         device: torch.device | str = "cpu",
         missing: np.ndarray | None = None,
         labels: np.ndarray | None = None,
+        narrow: bool = True,
     ) -> None:
-        self.schema = schema
-        self.device = torch.device(device)
+        self.schema, self.device = schema, torch.device(device)
         self.n_cells, self.n_genes = counts.shape
-        store = _store(self.device, counts.nnz * (4 + counts.indices.itemsize))
-        self.values = self._tensor(counts.data, np.float32, store)
-        self.genes = self._tensor(counts.indices, counts.indices.dtype, store)
+        of_values = narrowest(counts.data) if narrow else np.dtype(np.float32)
+        of_genes = np.dtype(np.uint16) if narrow and self.n_genes <= 1 << 16 else counts.indices.dtype
+        store = _store(self.device, counts.nnz * (of_values.itemsize + of_genes.itemsize))
+        self.values = self._tensor(counts.data, of_values, store)
+        self.genes = self._tensor(counts.indices, of_genes, store)
         self.offsets = self._tensor(counts.indptr, np.int64)
-        self.library_size = self._tensor(np.asarray(counts.sum(axis=1, dtype=np.float64)).ravel(), np.float32)
+        sums = [counts[i : i + _BLOCK].sum(axis=1, dtype=np.float64) for i in range(0, self.n_cells, _BLOCK)]
+        self.library_size = self._tensor(np.asarray(np.concatenate(sums)).ravel(), np.float32)
         self.log_factorial = self._log_factorial() if schema.kind == "counts" else torch.zeros_like(self.library_size)
-        self.codes = self._tensor(codes, np.int64)
+        self.codes = self._tensor(codes, np.int16 if max((0, *schema.widths)) < 1 << 15 else np.int32)
         self.continuous = self._tensor(continuous, np.float32)
         self.size_factor = None if size_factor is None else self._tensor(size_factor, np.float32)
         self.missing = None if missing is None else self._tensor(missing, np.bool_)
-        self.y = None if labels is None else self._tensor(labels, np.int64)
+        self.y = None if labels is None else self._tensor(labels, np.int32)
+
+    @classmethod
+    def of_rows(cls, rows: Rows, schema: Schema, device: torch.device | str = "cpu") -> Cells:
+        """Return the cells that were read from a store; on a CPU they stay in the memory of `rows`."""
+        cells = cls.__new__(cls)
+        cells._keep(rows, schema, device)
+        return cells
+
+    def _keep(self, rows: Rows, schema: Schema, device: torch.device | str) -> None:
+        self.schema, self.device = schema, torch.device(device)
+        self.n_cells, self.n_genes = len(rows.library_size), len(schema.genes)
+        store = _store(self.device, rows.values.nbytes + rows.genes.nbytes)
+        self.values, self.genes = self._tensor(rows.values, None, store), self._tensor(rows.genes, None, store)
+        self.offsets, self.library_size = self._tensor(rows.offsets), self._tensor(rows.library_size)
+        self.log_factorial, self.codes = self._tensor(rows.log_factorial), self._tensor(rows.codes)
+        self.continuous = self._tensor(rows.continuous)
+        self.size_factor = None if rows.size_factor is None else self._tensor(rows.size_factor)
+        self.y = None if rows.labels is None else self._tensor(rows.labels)
+        self.missing = None
 
     def __len__(self) -> int:
         return self.n_cells
@@ -223,7 +270,7 @@ class Cells:
         what is too many repeats the last non-zero and counts for nothing, so that batches can have the same shapes.
         """
         values, cell, gene, *offsets = self._nonzeros(rows, n_nonzero, padded)
-        log_factorial, codes = self.log_factorial.index_select(0, rows), self.codes.index_select(0, rows)
+        log_factorial, codes = self.log_factorial.index_select(0, rows), self.codes.index_select(0, rows).long()
         batch = Batch(
             SparseCounts(values, cell, gene, (len(rows), self.n_genes), log_factorial, padded, *offsets),
             self.library_size.index_select(0, rows),
@@ -231,11 +278,11 @@ class Cells:
             self.schema.covariates(codes, self.continuous.index_select(0, rows)),
             None if self.size_factor is None else self.size_factor.index_select(0, rows),
             self.missing,
-            y=None if self.y is None else self.y.index_select(0, rows),
+            y=None if self.y is None else self.y.index_select(0, rows).long(),
         )
         return batch if self.complete is None else self.complete(batch)
 
-    def _nonzeros(self, rows: Tensor, n_nonzero: int | None, padded: bool) -> Sequence[Tensor]:
+    def _nonzeros(self, rows: Tensor, n_nonzero: int | None = None, padded: bool = False) -> Sequence[Tensor]:
         """Return the non-zeros of these cells: values, cells and genes, and, on a CPU, where those of each begin."""
         if operations.are_for(self.offsets) and not padded:
             return operations.take_rows(self.values, self.genes, self.offsets, rows)
@@ -250,7 +297,7 @@ class Cells:
         entry = shift[cell] + torch.arange(len(cell), device=self.device)
         if padded:
             entry = torch.where(cell < n, entry, self.offsets[rows[-1:] + 1] - 1)
-        return _take(self.values, entry), cell, _take(self.genes, entry)
+        return _take(self.values, entry).float(), cell, _take(self.genes, entry)
 
     def parts(self, size: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
         """Go once through the cells (or through `rows`), in order, in parts of at most `size`.
@@ -342,24 +389,52 @@ class Cells:
             total.index_add_(0, counts.gene, counts.values.double())
         return total.float()
 
-    def moments(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of each gene over some cells, by default all, each ``[n_genes]``."""
-        rows = torch.arange(len(self), device=self.device) if rows is None else rows
-        totals = torch.zeros(2, self.n_genes, dtype=torch.float64, device=self.device)
-        for part in rows.split(4096):
-            counts = self.batch(part).counts
-            values = counts.values.double()
-            totals.index_add_(1, counts.gene, torch.stack([values, values**2]))
-        mean, square = totals / len(rows)
-        return mean.float(), (square - mean**2).clamp(min=0).float()
+    @cached_property
+    def summary(self) -> Summary:
+        """What programs start from: sums over the cells of each batch."""
+        n_batches, shape = len(self.schema.batches), (len(self.schema.batches), self.n_genes)
+        s = self.schema.batch_of(self.codes).long()
+        sums, squares = torch.zeros(2, n_batches * self.n_genes, dtype=torch.float64, device=self.device)
+        for rows in torch.arange(len(self), device=self.device)[s >= 0].split(_SUMMED):
+            values, cell, gene, *_ = self._nonzeros(rows)
+            place, values = s[rows].mul_(self.n_genes)[cell].add_(gene), values.double()
+            sums.index_add_(0, place, values)
+            squares.index_add_(0, place, values.square_())
+        known, log_l = s[s >= 0], self.library_size[s >= 0].double().log()
+        n_cells = torch.bincount(known, minlength=n_batches)
+        mean = torch.bincount(known, log_l, n_batches) / n_cells
+        variance = torch.bincount(known, (log_l - mean[known]).square(), n_batches) / n_cells
+        size_factor = self.library_size.new_zeros(1) if self.size_factor is None else self.size_factor
+        labels = s[:0] if self.y is None else self.y[self.y >= 0]
+        return Summary(
+            n_cells.double(),
+            sums.view(shape),
+            squares.view(shape),
+            mean,
+            variance,
+            self.library_size.double().sum(),
+            size_factor.double().sum(),
+            torch.bincount(labels, minlength=len(self.schema.labels)).double(),
+        )
 
     def unexpressed(self) -> list[str]:
         """Return the names of the genes that no cell expresses."""
-        totals = torch.bincount(self.genes, minlength=self.n_genes).tolist()
-        return [gene for gene, total in zip(self.schema.genes, totals, strict=True) if not total]
+        squares = self.summary.gene_squares.sum(0).tolist()
+        return [gene for gene, square in zip(self.schema.genes, squares, strict=True) if not square]
 
-    def _tensor(self, array: np.ndarray, dtype: Any, device: torch.device | None = None) -> Tensor:
+    def _tensor(self, array: np.ndarray, dtype: Any = None, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(device or self.device)
+
+
+def narrowest(values: np.ndarray) -> np.dtype:
+    """Return the narrowest type that holds these values: uint8 or uint16 where they are whole, or else float32."""
+    largest = 0.0
+    for i in range(0, len(values), _VALUES):
+        some = values[i : i + _VALUES]
+        largest = max(largest, float(some.max()))
+        if some.min() < 0 or largest > _LARGEST_NARROW or (some.dtype.kind == "f" and (some != np.rint(some)).any()):
+            return np.dtype(np.float32)
+    return np.dtype(np.uint8 if largest < 1 << 8 else np.uint16)
 
 
 def _store(device: torch.device, n_bytes: int) -> torch.device:
@@ -369,5 +444,7 @@ def _store(device: torch.device, n_bytes: int) -> torch.device:
 
 
 def _take(array: Tensor, entry: Tensor) -> Tensor:
-    """Select entries, wherever the array is kept."""
-    return array.index_select(0, entry.to(array.device)).to(entry.device)
+    """Select entries, wherever the array is kept; those of uint16, of which torch selects none, become int32."""
+    is_uint16 = array.dtype == torch.uint16
+    taken = (array.view(torch.int16) if is_uint16 else array).index_select(0, entry.to(array.device)).to(entry.device)
+    return taken.int().bitwise_and_(0xFFFF) if is_uint16 else taken

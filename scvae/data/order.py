@@ -47,7 +47,8 @@ class Shuffled:
 
     def __init__(self, cells: Cells, size: int, rows: Tensor, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
         self.cells, self.rows, self.seed, self.rank, self.n_ranks = cells, rows, seed, rank, n_ranks
-        self.n_parts = n_minibatches(len(rows), size)
+        self.n_cells = cells.n_in(rows)
+        self.n_parts = n_minibatches(self.n_cells, size)
         #: Passes that were begun, and minibatches of the last one that were drawn.
         self.n_passes, self.position = 0, self.n_parts
         self.parts: list[tuple[Tensor, int]] = []
@@ -55,7 +56,7 @@ class Shuffled:
     @property
     def lengths(self) -> set[int]:
         """How many cells the shares of this process have."""
-        least, n_larger = divmod(len(self.rows), self.n_parts)
+        least, n_larger = divmod(self.n_cells, self.n_parts)
         return {n // self.n_ranks + (self.rank < n % self.n_ranks) for n in {least, least + (n_larger > 0)}}
 
     @property

@@ -351,7 +351,8 @@ def log_prob(log_mean, log_total, highest, theta, gate, x, cell, gene, result, d
 def take_rows(values, genes, offsets, rows):
     """Return the non-zeros of some rows of a CSR matrix: values, row among `rows`, column; each ``[n_nonzero]``.
 
-    And where those of each row begin, and those of the last end.
+    And where those of each row begin, and those of the last end. The values are returned in single precision, whatever
+    they are of.
     """
     n_nonzero, ends = 0, np.zeros(len(rows) + 1, np.int64)
     for i in range(len(rows)):
@@ -360,7 +361,7 @@ def take_rows(values, genes, offsets, rows):
             raise IndexError("A row is asked for that there is not.")
         n_nonzero += offsets[row + 1] - offsets[row]
         ends[i + 1] = n_nonzero
-    taken, cell, gene = np.empty(n_nonzero, values.dtype), np.empty(n_nonzero, np.int64), np.empty(n_nonzero, np.int64)
+    taken, cell, gene = np.empty(n_nonzero, np.float32), np.empty(n_nonzero, np.int64), np.empty(n_nonzero, np.int64)
     k = 0
     for i in range(len(rows)):
         for j in range(offsets[rows[i]], offsets[rows[i] + 1]):

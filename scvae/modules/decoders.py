@@ -61,9 +61,8 @@ class CountDecoder(nn.Module):
     @torch.no_grad()
     def start(self, cells: Cells) -> None:
         """Start at the mean expression of each batch, where there are counts enough to tell it from that of all."""
-        s = self.schema.batch_of(cells.codes)
         n_batches = len(self.schema.batches)
-        totals = torch.stack([cells.gene_totals((s == k).nonzero().squeeze(-1)) for k in range(n_batches)])
+        totals = cells.summary.gene_sums.float()
         overall = _log_fraction(totals.sum(0))
         for layer in (self.w, self.pi, self.log_theta):
             if isinstance(layer, LinearWithCovariates):
@@ -168,15 +167,14 @@ class RealDecoder(nn.Module):
     @torch.no_grad()
     def start(self, cells: Cells) -> None:
         """Start at the mean of each batch, and a noise of the size of what there is."""
-        s = self.schema.batch_of(cells.codes)
         self.f.start()
-        mean, variance = cells.moments()
+        mean, variance = cells.summary.moments()
         self.mean.copy_(mean)
         self.unit.copy_(variance.mean().sqrt().clamp(min=_LEAST_UNIT))
         self.scale.copy_(variance.sqrt().clamp(min=_LEAST_NOISE * self.unit))
         if self.schema.batch_key is not None:
             for k in range(len(self.schema.batches)):
-                own, _ = cells.moments((s == k).nonzero().squeeze(-1))
+                own, _ = cells.summary.moments(k)
                 self.f.covariates[k] = (own - self.mean) / self.scale
         if self.noise_scale is None:
             self.raw_noise.fill_(_NOISE_START)
@@ -224,10 +222,10 @@ class RealDecoder(nn.Module):
         return deviations_of(self) if self.layers.linear else []
 
 
-def moments_of_log_library(library_size: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and variance of the log library size, of which a batch of equal totals has none."""
-    log_l = library_size.log()
-    return log_l.mean(), log_l.var(correction=0).clamp(min=_MIN_VARIANCE)
+def moments_of_log_library(cells: Cells, batch: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of the log library size in a batch, or all; a batch of equal totals has no variance."""
+    mean, variance = cells.summary.log_library(batch)
+    return mean, variance.clamp(min=_MIN_VARIANCE)
 
 
 _MIN_VARIANCE = 1e-4  # of the log library size

@@ -67,7 +67,7 @@ class Pixels(nn.Module):
     @torch.no_grad()
     def start(self, cells: Cells) -> Tensor:
         """Read mean and scale of the channels off the data; return the ``a`` of the mean image, ``[C, H * W]``."""
-        mean, variance = (part.view(self.n_channels, -1) for part in cells.moments())
+        mean, variance = (part.view(self.n_channels, -1) for part in cells.summary.moments())
         if self.pixels == "bernoulli":
             return mean.clamp(_LEAST, 1 - _LEAST).logit()
         if self.pixels != "gaussian":

@@ -195,7 +195,7 @@ class LabelledMixturePrior(MixturePrior):
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
         """Read the shares of the labels off the cells."""
         if cells.y is not None:
-            n_labelled = torch.bincount(cells.y[cells.y >= 0], minlength=len(self.shares))
+            n_labelled = cells.summary.n_labelled
             self.shares.copy_(n_labelled / n_labelled.sum())
             self.table.copy_(self.shares.expand_as(self.table))
 
@@ -293,8 +293,9 @@ class VampPrior(nn.Module):
     @torch.no_grad()
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
         """Start as cells drawn at random; `transform` makes of their values what the encoder takes."""
-        chosen = torch.randint(len(cells), (len(self.logits),)).to(cells.device)
-        batch = cells.batch(chosen)
+        n, (_, everyone) = len(self.logits), cells.split(0, 0)
+        some, rows = cells.sample(everyone, n, int(torch.randint(2**62, ())))
+        batch = some.batch(rows.repeat(-(-n // len(rows)))[:n])
         self.inputs.copy_(transform(batch.values))
         self.covariates.copy_(batch.covariates)
 

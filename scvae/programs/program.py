@@ -139,7 +139,7 @@ class Program(nn.Module, ABC):
             found = [(part, *self.embed(batch)) for part, batch in cells.minibatches(1024, rows)]
             part, mean, std = map(torch.cat, zip(*found, strict=True))
             if (mean + std).isfinite().all():  # or else the next step says what is at fault
-                refit(torch.normal(mean, std), *([] if cells.y is None else [cells.y[part]]))
+                refit(torch.normal(mean, std), *([] if cells.y is None else [cells.y[part].long()]))
 
     def observe_label(self, z: Tensor, batch: Batch) -> None:
         """Declare the label that is given, ``y``, ``[n]``, in cells that have one; nothing where labels are not known.

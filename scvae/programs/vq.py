@@ -109,21 +109,21 @@ class VQ(Program):
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean expression of each batch, and the codebook at the centres of k-means."""
         self.initialise_batches(cells, range(len(self.schema.batches)))
-        self.m[-1], self.v[-1] = moments_of_log_library(cells.library_size)
+        self.m[-1], self.v[-1] = moments_of_log_library(cells)
         self._start(cells)
 
     def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
         """Set the prior of ``l`` in some batches."""
-        s = self.schema.batch_of(cells.codes)
         for k in batches:
-            self.m[k], self.v[k] = moments_of_log_library(cells.library_size[s == k])
+            self.m[k], self.v[k] = moments_of_log_library(cells, k)
 
     @torch.no_grad()
     def _start(self, cells: Cells) -> None:
         self.decoder.start(cells)
         if self.options["kmeans_start"]:
-            some = torch.randperm(len(cells))[:_START_CELLS].to(cells.device)
-            self.codebook.start(self.encode(cells.batch(some)))
+            _, everyone = cells.split(0, 0)
+            some, rows = cells.sample(everyone, _START_CELLS, int(torch.randint(2**62, ())))
+            self.codebook.start(self.encode(some.batch(rows)))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts; not those of the covariates, nor offsets."""

@@ -109,9 +109,9 @@ class ZINB(Program):
     def initialise(self, cells: Cells) -> None:
         """Set the prior of ``l`` and start the decoder at the mean expression of each batch."""
         self.initialise_batches(cells, range(len(self.schema.batches)))
-        self.m[-1], self.v[-1] = moments_of_log_library(cells.library_size)
+        self.m[-1], self.v[-1] = moments_of_log_library(cells)
         if cells.size_factor is not None:
-            self.unit.copy_(cells.library_size.mean() / cells.size_factor.mean())
+            self.unit.copy_(cells.summary.library_sum / cells.summary.size_factor_sum)
         self.decoder.start(cells)
         self.p_z.start(cells, torch.log1p)
         with torch.no_grad():
@@ -120,9 +120,8 @@ class ZINB(Program):
 
     def initialise_batches(self, cells: Cells, batches: Iterable[int]) -> None:
         """Set the prior of ``l`` in some batches."""
-        s = self.schema.batch_of(cells.codes)
         for k in batches:
-            self.m[k], self.v[k] = moments_of_log_library(cells.library_size[s == k])
+            self.m[k], self.v[k] = moments_of_log_library(cells, k)
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on expression and gate; not those of the covariates, nor offsets."""

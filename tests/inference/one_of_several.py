@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import scvae
 from scvae.boundary.process import seeded, unchecked
-from scvae.boundary.ranks import ALONE, Ranks, ranks_of
+from scvae.boundary.ranks import ranks_of
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import svi
 from scvae.inference.recording import Recorded

@@ -339,7 +339,7 @@ def on(mode):
 EACH_ONCE = [
     case
     for case in CASES
-    if case[0] == "zinb" and ("normal" in case[1].values() or "mixture" in case[1].values()) or case in OTHERS
+    if (case[0] == "zinb" and ("normal" in case[1].values() or "mixture" in case[1].values())) or case in OTHERS
 ]
 
 

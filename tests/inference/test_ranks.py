@@ -2,12 +2,10 @@
 
 import importlib.util
 import os
-import signal
 import socket
 import subprocess
 import sys
 import textwrap
-import time
 from multiprocessing.connection import Listener
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import torch
 
 import scvae
 from scvae.boundary import ranks
-from scvae.boundary.ranks import Ranks
 from scvae.modules.posteriors import POSTERIORS
 from scvae.modules.priors import PRIORS
 

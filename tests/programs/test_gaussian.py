@@ -75,11 +75,12 @@ def test_integers_and_layers_are_read_too(real, fit):
 def test_values_are_those_of_the_matrix(real):
     cells = read_cells(real, read_schema(real, kind="real"))
     assert np.array_equal(cells.batch(torch.arange(80)).values, real.X)
-    mean, variance = cells.moments()
+    mean, variance = cells.summary.moments()
     assert np.allclose(mean, real.X.mean(0), atol=1e-6)
     assert np.allclose(variance, real.X.var(0), rtol=1e-5)
-    some = torch.tensor([3, 5, 8])
-    assert np.allclose(cells.moments(some)[1], real.X[some].var(0), rtol=1e-5)
+    by_batch = read_cells(real, read_schema(real, kind="real", batch_key="batch")).summary
+    for k, name in enumerate(real.obs["batch"].cat.categories):
+        assert np.allclose(by_batch.moments(k)[1], real.X[real.obs["batch"] == name].var(0), rtol=1e-5)
 
 
 def test_log_normalised_counts_are_fitted(adata, fit):
