@@ -22,7 +22,7 @@ __all__ = ["bounded", "tensors_of"]
 
 _BYTES = 4  # that may be made for each byte of the file, and beside them
 _BYTES_BESIDE = 1 << 24
-_OPERATIONS = 1 << 13  # that may be carried out, and beside them one for so many bytes of the file
+_OPERATIONS = 1 << 10  # that may be carried out, and beside them one for so many bytes of the file
 _BYTES_AN_OPERATION = 8
 
 
