@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from anndata import AnnData, ImplicitModificationWarning
 from pyro import poutine
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from scipy import sparse
 from torch import Tensor
@@ -39,7 +38,8 @@ from scvae.inference.marginal import Mix, as_of
 from scvae.inference.pace import pace_of
 from scvae.inference.progress import Progress
 from scvae.inference.svi import Course, Training
-from scvae.programs import PROGRAMS, Program
+from scvae.programs import Program
+from scvae.saved import content_of, model_of
 
 __all__ = ["Fitted", "check_writable", "load"]
 
@@ -703,12 +703,7 @@ class Fitted:
         weights = save_tensors({k: v.contiguous().cpu() for k, v in self.program.state_dict().items()})
         content = {
             "version": version("scvae-pyro"),
-            "program": self.program.name,
-            "options": self.program.options,
-            "schema": self.program.schema.described(),
-            "course": {**vars(self.course), "history": self.history.to_dict("list")},
-            "training": self.training,
-            "key_added": self.key_added,
+            **content_of(self.program, self.course, self.training, self.key_added),
         }
         content = json.loads(json.dumps(content, default=np.generic.item))
         files.write_model(path, content, weights, overwrite=overwrite)
@@ -1012,18 +1007,11 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
     FileNotFoundError
         If the folder or a file in it is missing.
     ValueError
-        If the files were cut off or edited, are of another format, or hold another program.
+        If the files were cut off or edited, are of another format, hold another program, or what was never saved.
     """
     where = device_of(device)
-    content, weights = files.read_model(path)
-    kind = program or PROGRAMS.get(content["program"])
-    if kind is None or kind.name != content["program"]:
-        raise ValueError(f"{path} holds the program {content['program']!r}: pass its class, program=….")
-    with alone(0, torch.device("cpu")):
-        made = kind(Schema.of(content["schema"]), **content["options"])  # the weights drawn here are replaced
-        made.load_state_dict(load_tensors(weights))
-    course = Course(**{**content["course"], "history": pd.DataFrame(content["course"]["history"])})
-    return Fitted(made.to(where), course, content["training"], content["key_added"])
+    made, course, training, key_added = model_of(path, *files.read_model(path), program)
+    return Fitted(made.to(where), course, training, key_added)
 
 
 def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -41,6 +42,7 @@ __all__ = [
 
 _FORMAT = 2
 _DESCRIPTION = "model.json"
+_MOST_DESCRIPTION = 1 << 28  # bytes
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
 _LETTERS = 16  # of a checksum that names a file
 _PART = re.compile(r"\.scvae-[0-9a-f]{16}\.part.*")  # of a process that was killed while it wrote
@@ -202,29 +204,29 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
     while True:
         if not (path / _DESCRIPTION).is_file():
             raise FileNotFoundError(f"{path} holds no scvae model: {_DESCRIPTION} is missing.")
-        description = (path / _DESCRIPTION).read_bytes()
+        description = _read(path / _DESCRIPTION, _MOST_DESCRIPTION)
         try:
             file = json.loads(description.decode())
-            form = file["format"]
+            form, content = file["format"], file["content"]
+            canonical = _canonical(content)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path / _DESCRIPTION} is damaged: it is not the JSON that scvae writes.") from None
         if form != _FORMAT:
             raise ValueError(
-                f"{path} is in format {form}; this version of scvae reads format {_FORMAT}: read it with the version "
-                "that wrote it."
+                f"{path} is in format {str(form)[:20]}; this version of scvae reads format {_FORMAT}: read it with the "
+                "version that wrote it."
             )
         if (name := _weights_of(file)) is None:
             raise _damaged(path)
         try:
-            weights = (path / name).read_bytes()
+            weights = _read(path / name, _memory())
         except FileNotFoundError:
             if description == before:
                 raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.") from None
             before = description  # look again: another process may have replaced the model meanwhile
             continue
         break
-    content = file.get("content")
-    if file.get("sha256") != {"weights": _digest(weights), "content": _digest(_canonical(content))}:
+    if file.get("sha256") != {"weights": _digest(weights), "content": _digest(canonical)}:
         raise _damaged(path)
     return content, weights
 
@@ -540,6 +542,23 @@ def alone(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None:
             os.close(handle)
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Return the contents of a file, unless it is no file, or larger than it can be."""
+    if not path.is_file():  # a pipe would be waited for
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} is damaged: it has {size:,} bytes, and {most:,} at most can be read.")
+    return path.read_bytes()
+
+
+def _memory() -> int:
+    """Return how many bytes the memory of the machine has, as far as that is known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # other systems
+        return sys.maxsize
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -218,14 +217,13 @@ class Layers(nn.Module):
         sparse_input: bool = False,
     ) -> None:
         super().__init__()
-        widths = [n_in] + [n_hidden] * n_layers
         self.linear = nn.ModuleList(
-            LinearWithCovariates(a, n_covariates, b, sparse_input and not i)
-            for i, (a, b) in enumerate(itertools.pairwise(widths))
+            LinearWithCovariates(n_hidden if i else n_in, n_covariates, n_hidden, sparse_input and not i)
+            for i in range(n_layers)
         )
         self.norm = nn.ModuleList(BatchNorm(n_hidden, eps=1e-3) for _ in range(n_layers))
         self.dropout = nn.Dropout(dropout_rate)
-        self.n_out = widths[-1]
+        self.n_out = n_hidden if n_layers else n_in
 
     def forward(self, x: Any, covariates: Tensor | None = None) -> Tensor:  # noqa: D102
         if isinstance(x, SparseCounts) and not self.linear:

@@ -1,0 +1,209 @@
+"""What a saved model says of itself: written as JSON, and checked when it is read before anything is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from scvae.boundary.keys import check_key
+from scvae.boundary.options import one_of
+from scvae.boundary.process import alone
+from scvae.boundary.weights import bounded, tensors_of
+from scvae.data.cells import Schema
+from scvae.inference.svi import Course
+from scvae.programs import PROGRAMS, Program
+
+__all__ = ["content_of", "model_of", "schema_of"]
+
+_LONGEST = 300  # letters of a reason, which may quote what the file holds
+
+
+def content_of(program: Program, course: Course, training: Mapping[str, Any], key_added: str) -> dict[str, Any]:
+    """Return what describes a model beside its weights, for JSON."""
+    return {
+        "program": program.name,
+        "options": program.options,
+        "schema": program.schema.described(),
+        "course": {**vars(course), "history": course.history.to_dict("list")},
+        "training": dict(training),
+        "key_added": key_added,
+    }
+
+
+def model_of(
+    path: str | Path, content: Any, weights: bytes, program: type[Program] | None = None
+) -> tuple[Program, Course, dict[str, Any], str]:
+    """Return what :func:`content_of` was given, and the program with its weights.
+
+    Parameters
+    ----------
+    path
+        Where they come from, for the messages.
+    content, weights
+        What is to be read. Nothing in them is trusted.
+    program
+        The class, if it is none of those that the package knows.
+
+    Raises
+    ------
+    ValueError
+        If they are not what was ever saved, or are of another program.
+    """
+    with _reasons(path):
+        parts = _text_keys("it", content)
+        name, options = _of("program", parts, str), _text_keys("options", _of("options", parts, dict))
+    kind = program or PROGRAMS.get(name)
+    if kind is None or kind.name != name:
+        raise ValueError(f"{path} holds the program {_short(repr(name))}: pass its class, program=….")
+    with _reasons(path):
+        schema = schema_of(_text_keys("schema", _of("schema", parts, dict)))
+        course = _course(_text_keys("course", _of("course", parts, dict)))
+        training = _text_keys("training", _of("training", parts, dict))
+        for each in (options, training):
+            _each_is(each.values(), (str, bool, int, float, type(None)), "options and training are of plain values")
+        key_added = check_key("key_added", parts.get("key_added"))
+        with alone(0, torch.device("cpu")), bounded(len(weights)):
+            made = kind(schema, **options)  # the weights drawn here are replaced
+        if schema.kind != made.kind_of(made.options):
+            raise ValueError(f"it models {made.kind_of(made.options)}, and its cells have {schema.kind}")
+        state = made.state_dict()
+        numbers = {name for name, tensor in state.items() if tensor.is_floating_point()}
+        finite = numbers if program is None else numbers & dict(made.named_parameters()).keys()
+        made.load_state_dict(tensors_of(weights, state, finite))
+    return made, course, training, key_added
+
+
+@contextmanager
+def _reasons(path: str | Path) -> Iterator[None]:
+    """Make of whatever is raised within the block a message that names the folder and the reason."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+        raise ValueError(f"{path} holds no model that scvae saved: {_short(reason).rstrip('.')}.") from error
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
+
+
+def _of(name: str, content: Mapping[str, Any], kind: Any) -> Any:
+    """Return an entry of a given type."""
+    value = content[name]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"its {name} is {_short(repr(value))}")
+    return value
+
+
+def _text_keys(name: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is no table")
+    return content
+
+
+def _each_is(values: Iterable[Any], kinds: Any, otherwise: str) -> None:
+    for value in values:
+        if not isinstance(value, kinds):
+            raise ValueError(f"{otherwise}, not {_short(repr(value))}")
+
+
+# ---- The course of the training ----------------------------------------------------------------------------
+
+
+def _course(content: dict[str, Any]) -> Course:
+    history = _text_keys("history", _of("history", content, dict))
+    _each_is(history.values(), list, "its history is of columns")
+    if len({len(column) for column in history.values()}) > 1:
+        raise ValueError("the columns of its history are of several lengths")
+    for column in history.values():
+        _each_is(column, (int, float), "its history is of numbers")
+    numbers = {field.name for field in fields(Course)} - {"history", "stopped"}
+    for name in numbers:
+        if not 0 <= _of(name, content, (int, float)) < math.inf:
+            raise ValueError(f"its {name} is {content[name]!r}")
+    one_of("stopped", content["stopped"], ("converged", "finished", "interrupted"))
+    return Course(**{**content, "history": pd.DataFrame(history)})
+
+
+# ---- The schema --------------------------------------------------------------------------------------------
+
+
+def schema_of(content: dict[str, Any]) -> Schema:
+    """Return the schema that JSON describes, checked.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        If it is none.
+    """
+    for name in ("categories", "continuous"):
+        _of(name, content, list)
+    schema = Schema.of(content)
+    _check_schema(schema)
+    return schema
+
+
+def _check_schema(schema: Schema) -> None:
+    found = vars(schema)
+    one_of("kind", schema.kind, ("counts", "real", "unit"))
+    _check_names("genes", schema.genes)
+    if not schema.genes:
+        raise ValueError("it models no genes")
+    _check_names("labels", schema.labels)
+    for name in ("layer", "use_rep", "image_key", "unlabeled"):
+        _each_is([found[name]], (str, type(None)), f"its {name} is a name")
+    for name in ("size_factor_key", "labels_key"):
+        _each_is([found[name]], (str, int, type(None)), f"its {name} is a name")
+    _each_is([schema.check_counts], bool, "its check_counts is True or False")
+    _each_is([schema.n_labelled], int, "its n_labelled is a whole number")
+    if not 0 <= schema.n_labelled < 2**63:
+        raise ValueError(f"its n_labelled is {_short(str(schema.n_labelled))}")
+    if (schema.image_key is None) != (schema.image_shape is None):
+        raise ValueError("image_key and image_shape are given together")
+    if schema.image_shape is not None:
+        shape = _tuple("image_shape", schema.image_shape)
+        _each_is(shape, int, "its image_shape is of whole numbers")
+        if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(schema.genes):
+            raise ValueError(f"its images are of shape {_short(str(shape))}, and have {len(schema.genes)} pixels")
+    for key, names in schema.categories.items():
+        _check_key(key)
+        several = len(key) if isinstance(key, tuple) else 0
+        for name in _tuple("categories", names):
+            _each_is(name if several and isinstance(name, tuple) else [name], str, "its categories are names")
+            if several and (not isinstance(name, tuple) or len(name) != several):
+                raise ValueError(f"its categories of {several} columns are not of {several} names")
+        if not names or len(set(names)) < len(names):
+            raise ValueError("its categories are none, or some are there twice")
+    if schema.batch_key is not None and next(iter(schema.categories), None) != schema.batch_key:
+        raise ValueError("its batches have no names")
+    for key, moments in schema.continuous.items():
+        _check_key(key)
+        _each_is(_tuple("continuous", moments), (int, float), "its continuous covariates have a mean and a deviation")
+        if len(moments) != 2 or not all(map(math.isfinite, moments)) or moments[1] <= 0:
+            raise ValueError("its continuous covariates have a finite mean and a deviation above 0")
+
+
+def _tuple(name: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        raise ValueError(f"its {name} is no list")
+    return value
+
+
+def _check_names(name: str, names: Any) -> None:
+    _each_is(_tuple(name, names), str, f"its {name} are names")
+    if len(set(names)) < len(names):
+        raise ValueError(f"some of its {name} are there twice")
+
+
+def _check_key(key: Any) -> None:
+    columns = key if isinstance(key, tuple) else (key,)
+    _each_is(columns, (str, int), "its covariates are columns")
