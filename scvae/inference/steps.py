@@ -209,19 +209,23 @@ class Step:
         take()
         outcome = self._outcome()
         self._put(before)
-        replay, reason, wrong = None, "another process could not", ""
+        replay, reason, wrong = None, "", ""
         try:
             replay = capture(take)
         except RuntimeError as error:
             reason = str(error)
-        if self.ranks.agreed(replay is None):
-            _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", reason)
-        elif replay is not None:
-            replay()
-            wrong = _difference(before, outcome, self._outcome())
-            if not self.ranks.agreed(bool(wrong)):
+        if not self.ranks.agreed(replay is None) and replay is not None:
+            try:
+                replay()
+                wrong = _difference(before, outcome, self._outcome())
+            except RuntimeError as error:
+                reason = str(error)
+            if not self.ranks.agreed(bool(reason or wrong)):
                 self.replays[n_cells] = static_rows, replay
                 return
+        if not wrong:
+            reason = reason or "another process could not"
+            _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", reason)
         if wrong:
             warnings.warn(
                 f"On this device ({self.cells.device}) a step that is replayed as a CUDA graph leaves other {wrong} "

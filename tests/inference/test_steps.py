@@ -113,8 +113,8 @@ def twice(take):
 
 
 def other_cells(take):
-    rows, room = take.args
-    type(take)(take.func, rows.flip(0).roll(1), room, **take.keywords)()
+    rows, *others = take.args
+    type(take)(take.func, rows.flip(0).roll(1), *others, **take.keywords)()
 
 
 def other_draws(take):

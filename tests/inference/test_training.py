@@ -70,9 +70,9 @@ def test_every_cell_is_seen_once_an_epoch_and_held_out_ones_when_the_rate_falls(
     seen = []
     original = Step.__call__
 
-    def step(self, rows, n_nonzero):
+    def step(self, rows, n_nonzero, n_cells):
         seen.append(rows.tolist())
-        original(self, rows, n_nonzero)
+        original(self, rows, n_nonzero, n_cells)
 
     monkeypatch.setattr(Step, "__call__", step)
     train(program, cells, Training(10, 15, validation_fraction=0.25), progress=False)
