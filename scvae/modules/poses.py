@@ -19,7 +19,7 @@ __all__ = ["CoordinateDecoder", "MapDecoder", "grid", "look_up", "to_object", "t
 Mass = Callable[[Tensor], Tensor]
 
 
-def grid(height: int, width: int, unit: float | None = None) -> Tensor:
+def grid(height: int, width: int, unit: float | None = None, *, device: torch.device | None = None) -> Tensor:
     """Return the coordinates of the centres of the pixels, row by row, ``[height * width, 2]``.
 
     `unit` is the number of pixels that are one unit, by default half of the longer side.
@@ -30,7 +30,7 @@ def grid(height: int, width: int, unit: float | None = None) -> Tensor:
     [[-0.5, -0.5], [0.5, -0.5], [-0.5, 0.5], [0.5, 0.5]]
     """
     unit = max(height, width) / 2 if unit is None else unit
-    x, y = ((torch.arange(n) - (n - 1) / 2) / unit for n in (width, height))
+    x, y = ((torch.arange(n, device=device) - (n - 1) / 2) / unit for n in (width, height))
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
 
 

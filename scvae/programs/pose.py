@@ -297,8 +297,8 @@ class Pose(Program):
         """Return the images that latent vectors stand for, in any pose and size; see :class:`Program`."""
         n_channels, height, width = self.schema.channels
         to_height, to_width = size or (height, width)
-        points = grid(to_height, to_width, unit=1.0).to(z.device)
-        points = points * points.new_tensor([width / to_width, height / to_height]) / self.unit
+        x, y = grid(to_height, to_width, unit=1.0, device=z.device).unbind(-1)
+        points = torch.stack([x * (width / to_width), y * (height / to_height)], -1) / self.unit
         matrices = None if pose is None else to_object(pose[:, 0], pose[:, 1:] / self.unit)
         a = self.decoder(z, batch.covariates, points, matrices)
         return self.pixels.expected(a).view(len(z), n_channels, to_height, to_width)

@@ -1,6 +1,8 @@
 """What is replayed from a recording is what the function would have done, to the last bit; or it is not replayed."""
 
+import contextlib
 import logging
+import types
 import weakref
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import nn
 
 import scvae
 from scvae.inference import svi
-from scvae.inference.recording import Recorded
+from scvae.inference.recording import CudaGraphs, Recorded
 
 
 @pytest.fixture
@@ -267,3 +269,100 @@ def test_programs_are_trained_the_same_by_replays(options, adata, monkeypatch):
     plain = scvae.fit(adata, **options)
     assert replayed.history.equals(plain.history)
     assert equal(replayed.program.state_dict().values(), plain.program.state_dict().values())
+
+
+# ---- CUDA graphs, with a stand-in for torch.cuda --------------------------------------------------------------------
+
+
+class FakeCuda:
+    """What of ``torch.cuda`` a recording asks for, and in what order; a recording that breaks off ends as torch's."""
+
+    def __init__(self):
+        self.asked, self.current, self.mode, self.is_broken = [], "default stream", 0, False
+        self.default_generators = [self, self]
+
+    def device(self, device):
+        self.asked.append(f"device {torch.device(device).index if isinstance(device, torch.device) else device}")
+        return contextlib.nullcontext()
+
+    def current_device(self):
+        return 1
+
+    def Stream(self):
+        return "side stream"
+
+    def graph_pool_handle(self):
+        return "pool"
+
+    def current_stream(self):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    def get_rng_state(self):
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def graphsafe_set_state(self, generator):
+        self.asked.append(f"random numbers as {generator}")
+
+    def synchronize(self):
+        self.asked.append("synchronize")
+
+    def CUDAGraph(self):
+        return types.SimpleNamespace(replay=lambda: self.asked.append("replay"))
+
+    def get_sync_debug_mode(self):
+        return self.mode
+
+    def set_sync_debug_mode(self, mode):
+        self.mode = mode
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        self.asked.append(f"graph in {pool} on {stream}, {capture_error_mode}")
+        self.current = stream
+        try:
+            yield
+        finally:
+            if self.is_broken:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            self.current = "default stream"
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(torch, "Generator", lambda device: types.SimpleNamespace(set_state=lambda state: None))
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *given: fake.asked.append(("end", *given)), raising=False
+    )
+    return fake
+
+
+def test_a_graph_is_recorded_on_its_own_gpu_and_stream_while_waiting_is_an_error(cuda, process_unchanged):
+    capture = CudaGraphs(torch.device("cuda", 1))
+    modes = []
+    for _ in range(2):
+        capture(lambda: modes.append(cuda.mode))()
+    assert modes == ["error", "error"]
+    assert cuda.mode == 0
+    assert cuda.current == "default stream"
+    each = ["device 1", "synchronize", "graph in pool on side stream, thread_local", "replay"]
+    assert cuda.asked == ["device 1", *each, *each]
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_after_a_recording_that_failed_the_gpu_is_as_before(cuda, is_broken):
+    def waits():
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    capture = CudaGraphs(torch.device("cuda", 1))
+    cuda.is_broken = is_broken
+    with pytest.raises(RuntimeError, match="previous error during capture" if is_broken else "synchronizing"):
+        capture(waits)
+    assert cuda.mode == 0
+    assert cuda.current == "default stream"
+    assert cuda.asked[-2].startswith("random numbers as ")
+    assert cuda.asked[-1] == ("end", 1, "pool")
