@@ -123,20 +123,20 @@ class Table:
         ]
         return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in found]
 
-    def blocks(self, rows: int = _ROWS) -> Iterator[Block]:
-        """Go through the cells, at most `rows` of them at a time."""
-        yield from self._sparse_blocks(rows) if self.is_sparse else self._dense_blocks(rows)
+    def blocks(self) -> Iterator[Block]:
+        """Go through the cells, some of them at a time."""
+        yield from self._sparse_blocks() if self.is_sparse else self._dense_blocks()
 
     @cached_property
     def n_nonzero(self) -> int:
         """Non-zeros, or of a dense matrix all its numbers: what a store of it may hold at most."""
         return self.matrix["data"].shape[0] if self.is_sparse else self.n_cells * self.n_genes
 
-    def _sparse_blocks(self, rows: int) -> Iterator[Block]:
+    def _sparse_blocks(self) -> Iterator[Block]:
         data, indices, indptr = (self.matrix[name] for name in ("data", "indices", "indptr"))
         n_nonzero = data.shape[0]
-        for start in range(0, self.n_cells, rows):
-            stop = min(start + rows, self.n_cells)
+        for start in range(0, self.n_cells, _ROWS):
+            stop = min(start + _ROWS, self.n_cells)
             with self._reading(f"rows {start:,} to {stop:,} of {self.where}"):
                 ends = indptr[start : stop + 1].astype(np.int64)
             wrong = np.flatnonzero((np.diff(ends) < 0) | (ends[1:] > n_nonzero) | (ends[:-1] < 0))
@@ -158,8 +158,8 @@ class Table:
                 yield Block(self, first, last, *block, ends[first - start : last - start + 1] - begin)
                 first = last
 
-    def _dense_blocks(self, rows: int) -> Iterator[Block]:
-        step = max(1, min(rows, _NUMBERS // max(1, self.n_genes)))
+    def _dense_blocks(self) -> Iterator[Block]:
+        step = max(1, min(_ROWS, _NUMBERS // max(1, self.n_genes)))
         chunk = (getattr(self.matrix, "chunks", None) or (1,))[0]
         step = max(step - step % chunk, step if step < chunk else chunk)
         for first in range(0, self.n_cells, step):
@@ -211,19 +211,21 @@ class Table:
         if shape is None or len(shape) != 2:
             raise ValueError(f"{self.path}: {self.where} has no two dimensions.")
         n_cells, n_genes = int(shape[0]), int(shape[1])
-        n_named = _length(self.group["obs"][self._index_key]) if self._index_key in self.group["obs"] else None
         n_rows = self.matrix["indptr"].shape[0] - 1 if self.is_sparse else n_cells
-        n_indices = self.matrix["indices"].shape[0] if self.is_sparse else 0
-        if n_rows != n_cells or n_named != n_cells or (self.is_sparse and n_indices != self.matrix["data"].shape[0]):
+        names = _n_names(self.group["obs"]), _n_names(self.group["var"])
+        if n_rows != n_cells or names != (n_cells, n_genes):
             raise ValueError(
-                f"{self.path} is damaged: {self.where} has {n_rows:,} rows of {n_cells:,}, and {n_named or 0:,} cells "
-                "have names."
+                f"{self.path} is damaged: {self.where} has {n_rows:,} rows of {n_cells:,}, {names[0]:,} cells have "
+                f"names, and {names[1]:,} of {n_genes:,} genes."
             )
-        if self.is_sparse and hasattr(
-            self.matrix["data"], "nchunks_initialized"
-        ):  # of zarr: what is missing reads as 0
-            data = self.matrix["data"]
-            if data.nchunks_initialized < data.nchunks:
+        if self.is_sparse:
+            data, indices = self.matrix["data"], self.matrix["indices"]
+            if data.shape != indices.shape:
+                what = f"{data.shape[0]:,} values and {indices.shape[0]:,} indices"
+                raise ValueError(f"{self.path} is damaged: {self.where} has {what}.")
+            if (
+                hasattr(data, "nchunks_initialized") and data.nchunks_initialized < data.nchunks
+            ):  # which zarr reads as 0
                 raise ValueError(
                     f"{self.path} is damaged: {data.nchunks - data.nchunks_initialized} of the {data.nchunks} chunks "
                     f"of {self.where} are missing."
@@ -471,8 +473,15 @@ def _encoding(elem: Any) -> str:
     return str(elem.attrs.get("encoding-type", ""))
 
 
-def _length(elem: Any) -> int:
-    return int((elem["codes"] if hasattr(elem, "keys") else elem).shape[0])
+def _n_names(frame: Any) -> int:
+    """Return how many names the rows of a table have."""
+    key = str(frame.attrs.get("_index", "_index"))
+    if key not in frame:
+        return 0
+    elem = frame[key]
+    if hasattr(elem, "keys"):  # categories, say, or text with missing values
+        elem = elem["codes"] if "codes" in elem else elem["values"]
+    return int(elem.shape[0])
 
 
 def _is_text(elem: Any) -> bool:
