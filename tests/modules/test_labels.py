@@ -12,8 +12,8 @@ from pyro import poutine
 from scipy import special, stats
 
 import scvae
-from scvae.data.reading import read_cells, read_schema
 from scvae.data.cells import Schema
+from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence
 from scvae.modules import priors
 from scvae.modules.priors import LabelledMixturePrior, MixturePrior
