@@ -123,20 +123,21 @@ class Table:
         ]
         return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in found]
 
-    def blocks(self) -> Iterator[Block]:
-        """Go through the cells, some of them at a time."""
-        yield from self._sparse_blocks() if self.is_sparse else self._dense_blocks()
+    def blocks(self, rows: int | None = None) -> Iterator[Block]:
+        """Go through the cells, at most `rows` of them at a time."""
+        rows = _ROWS if rows is None else rows
+        yield from self._sparse_blocks(rows) if self.is_sparse else self._dense_blocks(rows)
 
     @cached_property
     def n_nonzero(self) -> int:
         """Non-zeros, or of a dense matrix all its numbers: what a store of it may hold at most."""
         return self.matrix["data"].shape[0] if self.is_sparse else self.n_cells * self.n_genes
 
-    def _sparse_blocks(self) -> Iterator[Block]:
+    def _sparse_blocks(self, rows: int) -> Iterator[Block]:
         data, indices, indptr = (self.matrix[name] for name in ("data", "indices", "indptr"))
         n_nonzero = data.shape[0]
-        for start in range(0, self.n_cells, _ROWS):
-            stop = min(start + _ROWS, self.n_cells)
+        for start in range(0, self.n_cells, rows):
+            stop = min(start + rows, self.n_cells)
             with self._reading(f"rows {start:,} to {stop:,} of {self.where}"):
                 ends = indptr[start : stop + 1].astype(np.int64)
             wrong = np.flatnonzero((np.diff(ends) < 0) | (ends[1:] > n_nonzero) | (ends[:-1] < 0))
@@ -158,8 +159,8 @@ class Table:
                 yield Block(self, first, last, *block, ends[first - start : last - start + 1] - begin)
                 first = last
 
-    def _dense_blocks(self) -> Iterator[Block]:
-        step = max(1, min(_ROWS, _NUMBERS // max(1, self.n_genes)))
+    def _dense_blocks(self, rows: int) -> Iterator[Block]:
+        step = max(1, min(rows, _NUMBERS // max(1, self.n_genes)))
         chunk = (getattr(self.matrix, "chunks", None) or (1,))[0]
         step = max(step - step % chunk, step if step < chunk else chunk)
         for first in range(0, self.n_cells, step):
