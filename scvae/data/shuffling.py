@@ -15,7 +15,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from scvae.boundary import files
 from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
-from scvae.data.reading import check_not_empty, check_values, covariates_of, labels_of, read_schema
+from scvae.data.reading import check_not_empty, check_values, covariates_of, labels_of, read_schema, some
 from scvae.data.store import CELLS, Store, bytes_of, checksum, open_store, write_manifest
 from scvae.data.tables import Block, Tables, open_tables
 from scvae.data.variable_genes import chosen_genes
@@ -104,7 +104,7 @@ def _shuffled(
     how: dict[str, Any],
 ) -> Store:
     sources = [str(path.resolve()) for path in tables.paths]
-    mask_var = how["mask_var"]
+    refuse_empty: Callable[..., None] = partial(check_not_empty, mask_var=how["mask_var"])
     if how.get("use_rep") is not None or how.get("image_key") is not None:
         raise ValueError("use_rep and image_key belong to cells in memory: read the file with anndata first.")
     n_top = None if n_top_genes is None else whole("n_top_genes", n_top_genes)
@@ -121,13 +121,15 @@ def _shuffled(
     if n_top is not None and n_top < len(schema.genes):
         batch, _, _ = covariates_of(tables, replace(schema, categories=dict([*schema.categories.items()][:1])))
         batch = batch[:, 0] if schema.batch_key is not None else np.zeros(tables.n_obs, dtype=np.int64)
-        genes = chosen_genes(lambda: _read(tables, schema, mask_var, "choosing genes", progress), schema, batch, n_top)
-        schema = replace(schema, genes=genes)
+        read = partial(_read, tables, schema, refuse_empty, "choosing genes", progress)
+        schema = replace(schema, genes=chosen_genes(read, schema, batch, n_top))
+        refuse_empty = _refuse_without_chosen
 
     def write(folder: Path) -> None:
         folder.mkdir()
         with files.alone(folder):
-            _write(folder, tables, schema, mask_var, made_from, seed, memory, progress)
+            checked = partial(_read, tables, schema, refuse_empty, "reading the cells", progress)
+            _write(folder, tables, schema, checked, made_from, seed, memory, progress)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     files.sweep(path)
@@ -195,23 +197,26 @@ class Counts:
 
 
 def _read(
-    tables: Tables, schema: Schema, mask_var: str | None, what: str, progress: Callable[..., Any] | None
+    tables: Tables,
+    schema: Schema,
+    refuse_empty: Callable[..., None],
+    what: str,
+    progress: Callable[..., Any] | None,
 ) -> Iterator[Counts]:
     """Go through the cells of files, and check them."""
-    n_warnings = 0
+    has_warned = False
     bar = None if progress is None else progress(total=tables.n_obs, desc=f"scvae: {what}", unit="cell")
     for table, start, columns in zip(tables.tables, tables.starts, tables.columns(schema.genes), strict=False):
         column = np.full(table.n_genes, -1, dtype=np.int32)
         column[slice(None) if columns is None else columns] = np.arange(len(schema.genes), dtype=np.int32)
         for block in table.blocks():
             part = tables.part(int(start) + block.first)
-            with warnings.catch_warnings(record=n_warnings > 0):  # of large counts, once
-                with warnings.catch_warnings(record=True) as found:
-                    warnings.simplefilter("always")
-                    counts = _checked(block, int(start) + block.first, column, schema, part, mask_var)
-                for each in found:
-                    warnings.warn(str(each.message), stacklevel=5)
-                n_warnings += len(found)
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                counts = _checked(block, int(start) + block.first, column, schema, part, refuse_empty)
+            if found and not has_warned:
+                warnings.warn(str(found[0].message), stacklevel=5)
+                has_warned = True
             if bar is not None:
                 bar.update(block.last - block.first)
             yield counts
@@ -219,7 +224,9 @@ def _read(
         bar.close()
 
 
-def _checked(block: Block, first: int, column: np.ndarray, schema: Schema, part: Any, mask_var: str | None) -> Counts:
+def _checked(
+    block: Block, first: int, column: np.ndarray, schema: Schema, part: Any, refuse_empty: Callable[..., None]
+) -> Counts:
     """Return the counts of the genes that are modelled, and refuse what cannot be."""
     data, indices = _native(block.data), _native(block.indices)
     values, genes = np.empty_like(data), np.empty(len(data), dtype=np.int32)
@@ -243,9 +250,18 @@ def _checked(block: Block, first: int, column: np.ndarray, schema: Schema, part:
     if not is_narrow:
         check_values(sparse.csr_matrix((values, genes, ends), shape=shape), part, schema, where)
     if schema.kind == "counts" and (np.diff(ends) == 0).any():
-        check_not_empty(sparse.csr_matrix((values, genes, ends), shape=shape), part, schema, where, mask_var)
+        refuse_empty(sparse.csr_matrix((values, genes, ends), shape=shape), part, schema, where)
     dtype = np.dtype(np.float32 if not is_narrow else np.uint8 if largest < 256 else np.uint16)
     return Counts(first, values, genes, ends, dtype)
+
+
+def _refuse_without_chosen(counts: sparse.csr_matrix, part: Any, schema: Schema, where: str) -> None:
+    """Refuse cells without a count of the genes that were chosen."""
+    empty = np.diff(counts.indptr) == 0
+    raise ValueError(
+        f"{where} is empty in {some(part.obs_names[empty], 'cell')}: none of the {len(schema.genes)} highly variable "
+        "genes has a count there. Choose more of them, n_top_genes=…, or write a file without such cells."
+    )
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -263,7 +279,7 @@ def _write(
     folder: Path,
     tables: Tables,
     schema: Schema,
-    mask_var: str | None,
+    counts_of_blocks: Callable[[], Iterator[Counts]],
     made_from: Any,
     seed: int,
     memory: int,
@@ -276,7 +292,7 @@ def _write(
     n_bins = min(max(1, -(-n_bytes * 4 // memory)), _MOST_BINS)  # a bin and its permutation take half of the memory
     rng = np.random.default_rng([seed, 18])
     bins = _Bins(folder / "bins", n_bins, of_genes, memory)
-    for counts in _read(tables, schema, mask_var, "reading the cells", progress):
+    for counts in counts_of_blocks():
         bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
     bins.finish()
     lengths = {"values": sum(bins.n_nonzeros), "genes": sum(bins.n_nonzeros), "offsets": tables.n_obs + 1}

@@ -123,8 +123,9 @@ class Table:
         ]
         return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in found]
 
-    def blocks(self, rows: int = _ROWS) -> Iterator[Block]:
+    def blocks(self, rows: int | None = None) -> Iterator[Block]:
         """Go through the cells, at most `rows` of them at a time."""
+        rows = _ROWS if rows is None else rows
         yield from self._sparse_blocks(rows) if self.is_sparse else self._dense_blocks(rows)
 
     @cached_property
@@ -211,19 +212,21 @@ class Table:
         if shape is None or len(shape) != 2:
             raise ValueError(f"{self.path}: {self.where} has no two dimensions.")
         n_cells, n_genes = int(shape[0]), int(shape[1])
-        n_named = _length(self.group["obs"][self._index_key]) if self._index_key in self.group["obs"] else None
         n_rows = self.matrix["indptr"].shape[0] - 1 if self.is_sparse else n_cells
-        n_indices = self.matrix["indices"].shape[0] if self.is_sparse else 0
-        if n_rows != n_cells or n_named != n_cells or (self.is_sparse and n_indices != self.matrix["data"].shape[0]):
+        names = _n_names(self.group["obs"]), _n_names(self.group["var"])
+        if n_rows != n_cells or names != (n_cells, n_genes):
             raise ValueError(
-                f"{self.path} is damaged: {self.where} has {n_rows:,} rows of {n_cells:,}, and {n_named or 0:,} cells "
-                "have names."
+                f"{self.path} is damaged: {self.where} has {n_rows:,} rows of {n_cells:,}, {names[0]:,} cells have "
+                f"names, and {names[1]:,} of {n_genes:,} genes."
             )
-        if self.is_sparse and hasattr(
-            self.matrix["data"], "nchunks_initialized"
-        ):  # of zarr: what is missing reads as 0
-            data = self.matrix["data"]
-            if data.nchunks_initialized < data.nchunks:
+        if self.is_sparse:
+            data, indices = self.matrix["data"], self.matrix["indices"]
+            if data.shape != indices.shape:
+                what = f"{data.shape[0]:,} values and {indices.shape[0]:,} indices"
+                raise ValueError(f"{self.path} is damaged: {self.where} has {what}.")
+            if (
+                hasattr(data, "nchunks_initialized") and data.nchunks_initialized < data.nchunks
+            ):  # which zarr reads as 0
                 raise ValueError(
                     f"{self.path} is damaged: {data.nchunks - data.nchunks_initialized} of the {data.nchunks} chunks "
                     f"of {self.where} are missing."
@@ -471,8 +474,15 @@ def _encoding(elem: Any) -> str:
     return str(elem.attrs.get("encoding-type", ""))
 
 
-def _length(elem: Any) -> int:
-    return int((elem["codes"] if hasattr(elem, "keys") else elem).shape[0])
+def _n_names(frame: Any) -> int:
+    """Return how many names the rows of a table have."""
+    key = str(frame.attrs.get("_index", "_index"))
+    if key not in frame:
+        return 0
+    elem = frame[key]
+    if hasattr(elem, "keys"):  # categories, say, or text with missing values
+        elem = elem["codes"] if "codes" in elem else elem["values"]
+    return int(elem.shape[0])
 
 
 def _is_text(elem: Any) -> bool:

@@ -20,6 +20,7 @@ from scvae.kernels import rows as loops
 
 __all__ = ["chosen_genes"]
 
+_LEAST = 10  # genes that a curve is laid through
 _SPAN = 0.3  # of the genes, which determine the curve at a gene
 
 
@@ -56,6 +57,8 @@ def chosen_genes(read: Callable[[], Iterable[Any]], schema: Schema, batch: np.nd
     for b in range(n_batches):
         varies = variance[b] > 0
         try:
+            if varies.sum() < _LEAST:
+                raise ValueError(f"only {varies.sum()} genes vary")
             curve = loess(np.log10(mean[b, varies]), np.log10(variance[b, varies]), span=_SPAN, degree=2)
             curve.fit()
         except ValueError as error:
