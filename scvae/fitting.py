@@ -14,6 +14,7 @@ from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Options, seed_of
 from scvae.boundary.process import alone, device_of
+from scvae.boundary.ranks import rank_here, ranks_of
 from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
 from scvae.fitted import Fitted, check_writable
@@ -93,9 +94,10 @@ def fit(
     max_epochs
         Passes through the cells; by default as many as make a fixed number of steps.
     batch_size
-        Cells in a minibatch, at least 2.
+        Cells in a minibatch, at least 2; of several processes together, two for each.
     device
-        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, …; ``torchrun`` gives each process a
+        GPU of its own.
     seed
         Makes the fit repeatable on the same machine and device, whatever else runs there; programs of images with the
         same number of threads (``torch.get_num_threads()``). The caller's random state is left as it was.
@@ -199,21 +201,23 @@ def fit(
             mask_var=mask_var,
             check_counts=check_counts,
         )
+        is_first = rank_here() == 0  # of several processes, one speaks
         with alone(seed, where, gradient=True):
             made = kind(schema, **options)
             cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
-            if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
+            if is_first and schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
                 warnings.warn(
                     f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2
                 )
             made.to(where).initialise(cells)
             check_writable(adata, made, cells, key_added)
-            if checkpoints is not None:
-                checkpoints.belong_to(made, cells, training, seed)
-            if progress:
+            if progress and is_first:
                 _say_what_is_fitted(made, cells, adata, mask_var)
             try:
-                course = train(made, cells, training, progress=progress, checkpoints=checkpoints)
+                with ranks_of(where) as ranks:
+                    if checkpoints is not None:
+                        checkpoints.belong_to(made, cells, training, seed, ranks)
+                    course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
                 names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
                 error.args = (

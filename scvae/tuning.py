@@ -18,6 +18,7 @@ from scvae.boundary.containers import check_anndata
 from scvae.boundary.keys import check_free, check_key
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.boundary.process import device_of
+from scvae.boundary.ranks import check_alone
 from scvae.configurations import arguments_of, drawn_split, naming, needed, schemas_of
 from scvae.data.order import n_minibatches
 from scvae.fitted import Fitted
@@ -179,7 +180,8 @@ def tune(
     ValueError
         If `budget` is not above 0; if there is no configuration; if two of them model different data or take the
         library size from different places, which makes their likelihoods incomparable; if there are too few cells to
-        leave some out; or if what is to be written would overwrite something of the user's.
+        leave some out; if what is to be written would overwrite something of the user's; or in one of several processes
+        that torchrun started, as the time that is left is not the same in all.
     Exception
         Whatever :func:`scvae.fit` raises, with the name of the configuration in front of the message.
 
@@ -200,6 +202,7 @@ def tune(
     (True, True)
     """
     start = perf_counter()
+    check_alone("scvae.tune")
     check_anndata(adata, to_write=True)
     budget = real("budget", budget, Range(0, open_least=True))
     n_samples, seed = whole("n_samples", n_samples), seed_of(seed)

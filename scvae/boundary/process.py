@@ -17,6 +17,8 @@ import pyro
 import torch
 from pyro.poutine import runtime
 
+from scvae.boundary.ranks import local_rank
+
 __all__ = ["alone", "device_of", "generator", "seed_from", "seeded", "unchecked"]
 
 _LOCK = threading.RLock()  # of all that is done in `alone`
@@ -35,6 +37,8 @@ if hasattr(os, "register_at_fork"):
 def device_of(name: str | torch.device) -> torch.device:
     """Return the device of that name, ``"auto"`` being a GPU if there is one.
 
+    Of several processes that train together, each has a GPU of its own unless its number is given.
+
     Raises
     ------
     ValueError
@@ -43,13 +47,20 @@ def device_of(name: str | torch.device) -> torch.device:
     if isinstance(name, torch.device):
         name = str(name)
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except (RuntimeError, TypeError):
         raise ValueError(f"device is 'auto', 'cpu' or 'cuda', not {name!r}.") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device is 'auto', 'cpu' or 'cuda', not {name!r}: others lack double precision.")
+    if device == torch.device("cuda") and torch.cuda.is_available() and (own := local_rank()) is not None:
+        device = torch.device("cuda", own)
+        if own >= torch.cuda.device_count():
+            raise ValueError(
+                f"Process {own} of this machine has no GPU of its own, torch sees {torch.cuda.device_count()}: start "
+                "as many processes as there are GPUs, --nproc-per-node=…, or pass device='cpu'."
+            )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"device={name!r}, but torch sees {torch.cuda.device_count() or 'no'} GPU; device='auto' takes one where "
@@ -76,6 +87,8 @@ def alone(seed: int, device: torch.device, *, gradient: bool = False) -> Iterato
         Whether gradients are computed.
     """
     with _LOCK, ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
         stack.enter_context(seeded(seed, device))
         stack.enter_context(_plain_torch())
         stack.enter_context(torch.inference_mode(False))

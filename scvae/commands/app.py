@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Annotated, Any
 
@@ -59,6 +60,10 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        if self.name != "fit" and os.environ.get("WORLD_SIZE", "1") != "1":
+            from scvae.boundary.ranks import check_alone
+
+            check_alone(f"scvae {self.name}")
         with progress.quiet(bool(ctx.params.get("quiet"))):
             return super().invoke(ctx)
 

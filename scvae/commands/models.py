@@ -211,6 +211,8 @@ def fit(
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
     inputs = [input] if checkpoint is None else [input, checkpoint]
     check({"--model": (model, MODEL), "--output": (output, CELLS)}, inputs=inputs, overwrite=overwrite)
+    from scvae.boundary.ranks import rank_here
+
     words = {"posterior": posterior, "prior": prior, "likelihood": likelihood}
     words |= {"dispersion": dispersion, "library": library}
     named: dict[str, Any] = {name: str(value) for name, value in words.items() if value is not None}
@@ -245,7 +247,10 @@ def fit(
             progress=not quiet,
             **options,
         )
-        write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
+        if rank_here() == 0:
+            write_fitted(
+                fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet
+            )
     end_if_interrupted(fitted)
 
 

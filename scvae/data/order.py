@@ -58,6 +58,12 @@ class Shuffled:
         least, n_larger = divmod(len(self.rows), self.n_parts)
         return {n // self.n_ranks + (self.rank < n % self.n_ranks) for n in {least, least + (n_larger > 0)}}
 
+    @property
+    def n_drawn(self) -> int:
+        """How many cells the last minibatch had, over all processes."""
+        least, n_larger = divmod(len(self.rows), self.n_parts)
+        return least + (self.position <= n_larger)
+
     def __iter__(self) -> Self:
         return self
 

@@ -47,7 +47,8 @@ class CudaGraphs:
         """Record the function, which is not run, and return what runs it."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # other threads, which read cells or watch over NCCL, may ask the device meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             function()
         return graph.replay
 

@@ -41,6 +41,11 @@ class LearntDecays:
         self.log_rates = rates.clamp(min=_LEAST).log()
         self.mean, self.square, self.n = torch.zeros_like(rates), torch.zeros_like(rates), 0
 
+    @property
+    def moments(self) -> list[Tensor]:
+        """What the next updates depend on, beside their number."""
+        return [self.log_rates, self.mean, self.square]
+
     def state(self) -> dict[str, Tensor]:
         """Return what the next updates depend on, beside the rates, for :meth:`restore`."""
         n = torch.tensor(self.n)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from scvae.boundary.ranks import ALONE, Ranks
 from scvae.data.cells import Cells
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import Capture
@@ -64,6 +66,8 @@ class Step:
         Standard deviation of the prior of ``program.deviations()``, or of the `parts`.
     parts
         All that is learnt, where that is not the whole program; then no weights shrink.
+    ranks
+        The processes that take the steps together, each with its share of a minibatch.
     """
 
     def __init__(
@@ -74,8 +78,9 @@ class Step:
         capture: Capture | None = None,
         deviation_scale: float = 1.0,
         parts: Sequence[Part] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.deviation_scale = deviation_scale
+        self.deviation_scale, self.ranks = deviation_scale, ranks
         self.program, self.cells, self.size, self.capture = program, cells, size, capture
         self.rate, self.kl_weight = torch.zeros((), device=cells.device), torch.zeros((), device=cells.device)
         self.parts = parts
@@ -96,11 +101,16 @@ class Step:
         self.finite = torch.ones((), dtype=torch.bool, device=cells.device)
         self.terms: dict[str, Tensor] = {}
 
-    def __call__(self, rows: Tensor, n_nonzero: int) -> None:
-        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
-        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken_here >= _WARM_UP else None
+    def __call__(self, rows: Tensor, n_nonzero: int, n_cells: int | None = None) -> None:
+        """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros.
+
+        With several processes they are the share of this one of a minibatch of `n_cells`.
+        """
+        n, replay = len(rows) if n_cells is None else n_cells, None
+        if self.capture and self.taken_here >= _WARM_UP:
+            replay = self._replay(rows, n_nonzero, n, self.capture)
         if replay is None:
-            self._take(rows, n_nonzero)
+            self._take(rows, n_nonzero, n)
         else:
             replay()
         self.taken += 1
@@ -122,12 +132,15 @@ class Step:
         self.taken, self.taken_here = int(self.count), 0
         self.seen.copy_(self.count)
 
-    def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
-        log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
+    def _take(self, rows: Tensor, n_nonzero: int, n_cells: int, padded: bool = False) -> None:
+        with self.ranks.sharing(n_cells) if self.ranks.group else nullcontext():
+            log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
         loss = self.kl_weight * divergence - reconstruction
         slopes = dict(zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True))
         with torch.no_grad():
+            if self.ranks.group:
+                reconstruction, divergence = self._of_all(slopes, reconstruction, divergence, len(rows) / n_cells)
             for weights in self.deviations:  # with the slope of minus the log density of their prior, per cell
                 slopes[weights] = slopes[weights].add(weights, alpha=self.deviation_scale**-2 / len(self.cells))
             for weights, is_learnt, start in self.parts:  # likewise; Adam leaves alone what never had a slope
@@ -142,6 +155,18 @@ class Step:
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)
 
+    def _of_all(
+        self, slopes: dict[Tensor, Tensor | None], reconstruction: Tensor, divergence: Tensor, share: float
+    ) -> Sequence[Tensor]:
+        """Let slopes and terms be those of the whole minibatch, of which this process has a share; return the terms."""
+        used = [(weights, slope) for weights, slope in slopes.items() if slope is not None]
+        sizes = [slope.numel() for _, slope in used]
+        flat = torch.cat([*(slope.reshape(-1) for _, slope in used), torch.stack([reconstruction, divergence])])
+        *parts, terms = self.ranks.add_up(flat.mul_(share)).split([*sizes, 2])
+        for (weights, slope), part in zip(used, parts, strict=True):
+            slopes[weights] = part.view_as(slope)
+        return terms.unbind()
+
     def _watch(self, terms: dict[str, Tensor], finite: Tensor) -> None:
         """Keep the terms of this step, unless one before it was not finite."""
         for name, term in terms.items():
@@ -152,18 +177,22 @@ class Step:
         torch.where(self.finite, self.count, self.seen, out=self.seen)
         self.finite &= finite
 
-    def _replay(self, rows: Tensor, n_nonzero: int, capture: Capture) -> Callable[[], None] | None:
+    def _replay(self, rows: Tensor, n_nonzero: int, n_cells: int, capture: Capture) -> Callable[[], None] | None:
         """Return what replays a step of so many cells, with these cells put where it reads them."""
-        room, static_rows, replay = self.replays.get(len(rows), (0, rows, None))
+        room, static_rows, replay = self.replays.get(n_cells, (0, rows, None))
         if replay is None or (capture.fixed_shapes and n_nonzero > room):
             room, static_rows = int(_SLACK * n_nonzero), rows.clone()
+            fault: object = None
             try:
-                replay = capture(lambda: self._take(static_rows, room, padded=capture.fixed_shapes))
+                replay = capture(lambda: self._take(static_rows, room, n_cells, padded=capture.fixed_shapes))
             except RuntimeError as error:
-                _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", error)
+                fault = error
+            if self.ranks.agreed(fault is not None):  # all replay, or none does
+                reason = fault or "another process could not"
+                _log.info("Steps are not captured as a CUDA graph (%s); they are taken one by one.", reason)
                 self.capture = None
                 return None
-            self.replays[len(rows)] = (room, static_rows, replay)
+            self.replays[n_cells] = (room, static_rows, replay)
         static_rows.copy_(rows)
         return replay
 

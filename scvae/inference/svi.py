@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Annotated, Any, ClassVar
@@ -15,9 +16,11 @@ from typing import Annotated, Any, ClassVar
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
 from scvae.boundary.process import seed_from, seeded, unchecked
+from scvae.boundary.ranks import ALONE, Ranks
 from scvae.data.cells import Cells
 from scvae.data.order import Shuffled, n_minibatches
 from scvae.inference.checkpoints import Checkpoints
@@ -169,14 +172,16 @@ def train(
     training: Training,
     *,
     parts: Sequence[Part] = (),
+    ranks: Ranks = ALONE,
     progress: bool = True,
     checkpoints: Checkpoints | None = None,
 ) -> Course:
     """Maximise the ELBO by stochastic gradient ascent.
 
     Ctrl-C ends the training with the weights as they are. With `parts` these alone are learnt: the networks are as
-    after training (batch norm, dropout), and nothing else of the program changes. With `checkpoints` the training goes
-    on from the newest of them, if there is one and that was asked for, and writes them.
+    after training (batch norm, dropout), and nothing else of the program changes. With `ranks` several processes train
+    together, and all have the same program in the end; the first one shows the progress. With `checkpoints` the
+    training goes on from the newest of them, if there is one and that was asked for, and writes them.
 
     Returns
     -------
@@ -187,15 +192,18 @@ def train(
     ------
     NonFiniteLoss
         If the loss is NaN or infinite; the weights are then of no use.
+    ValueError
+        If a process would have a single cell of a minibatch, or the processes have not been given the same.
     scvae.boundary.signals.Suspended
         If a signal ended it, and there are checkpoints.
     """
-    run = Run(program, cells, training, parts)
+    run = Run(program, cells, training, parts, ranks)
+    shows = progress and ranks.rank == 0
     if checkpoints is not None:
         checkpoints.begin(run)
-        if progress and run.step.taken:
+        if shows and run.step.taken:
             say(f"scvae: the training goes on from step {run.step.taken:,}")
-    bar = Progress(total=run.expected, initial=run.step.taken, disable=not progress)
+    bar = Progress(total=run.expected, initial=run.step.taken, disable=not shows)
     program.train(not parts)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
@@ -212,6 +220,7 @@ def train(
                     checkpoints.end(run)
         except KeyboardInterrupt:
             run.stopped = "interrupted"
+    run.agree()
     run.check()
     program.eval()
     return run.course()
@@ -230,10 +239,24 @@ class Run:
         What is trained, on what, and how.
     parts
         All that is learnt, where that is not the whole program.
+    ranks
+        The processes that train together.
+
+    Raises
+    ------
+    ValueError
+        If a process would have a single cell of a minibatch, or the processes have not been given the same.
     """
 
-    def __init__(self, program: Program, cells: Cells, training: Training, parts: Sequence[Part] = ()) -> None:
-        self.program, self.cells, self.training = program, cells, training
+    def __init__(
+        self,
+        program: Program,
+        cells: Cells,
+        training: Training,
+        parts: Sequence[Part] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.program, self.cells, self.training, self.ranks = program, cells, training, ranks
         self.started = perf_counter()
         self.seed = int(torch.randint(2**62, ()))
         self.held_out, others = cells.split(training.n_held_out(len(cells)), seed_from(self.seed, _SPLIT))
@@ -249,7 +272,7 @@ class Run:
         elif cells.values.is_cuda:
             capture = CudaGraphs()
         size = min(training.batch_size, len(cells))
-        self.step = Step(program, cells, size, capture, training.deviation_scale, parts)
+        self.step = Step(program, cells, size, capture, training.deviation_scale, parts, ranks)
         self.step.decays.fill_(training.decay(len(cells)))
         self.decays = LearntDecays(self.step.decays)
         #: The cells of the last steps.
@@ -261,6 +284,7 @@ class Run:
         self.until, self.stopped = self.most, "finished"
         self.news: dict[str, str] = {}
         self.has_news = False
+        self._join()
         self.source = self._shuffled()
 
     @property
@@ -272,9 +296,44 @@ class Run:
 
     @property
     def lengths(self) -> set[int]:
-        """Cells that a step may have."""
-        orders = [self.cells.shuffled(self.step.size, units, 0) for units in (self.units, self.everyone)]
-        return {n for order in orders for n in order.lengths}
+        """Cells that a step may have, in this process."""
+        return self._lengths(self.ranks.rank)
+
+    def _lengths(self, rank: int) -> set[int]:
+        size, units = self.step.size, (self.units, self.everyone)
+        return {n for each in units for n in self.cells.shuffled(size, each, 0, rank, self.ranks.n).lengths}
+
+    def _join(self) -> None:
+        """Let all processes start alike, with noise of their own; refuse where they could not."""
+        if self.ranks.group is None:
+            return
+        self.ranks.check_same(_facts(self.program, self.cells, self.training, self.seed))
+        if min(self._lengths(self.ranks.n - 1)) < 2:
+            raise ValueError(
+                f"A minibatch has {self.training.batch_size} cells at most, batch_size, of {len(self.cells)}, and is "
+                f"shared by {self.ranks.n} processes: each needs two of its cells at least. Pass a larger batch_size, "
+                "or start fewer processes."
+            )
+        self.ranks.copy_first([*self.program.parameters(), *self.program.buffers()])
+        self._draw_own_noise()
+
+    def _draw_own_noise(self) -> None:
+        """Seed the noise of the latents of this process, which would be that of the others."""
+        seed = seed_from(self.seed, _NOISE, self.ranks.rank, self.step.taken)
+        torch.default_generator.manual_seed(seed)
+        if self.cells.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def agree(self) -> None:
+        """Let all processes have the same numbers again.
+
+        The statistics of batch normalisation, which each follows in its own cells, are averaged. Everything else is the
+        same but for the rounding of unlike processors.
+        """
+        self.ranks.average(_statistics(self.program))
+        self.ranks.copy_first(
+            [*self.program.parameters(), *self.program.buffers(), *self.step.state().values(), *self.decays.moments]
+        )
 
     def advance(self, pace: Pace | Fixed) -> None:
         """Take a step, and do what is due after it.
@@ -293,13 +352,14 @@ class Run:
         step.rate.fill_(training.rate(step.taken, self.fewest, self.fall, self.until))
         step.kl_weight.fill_(training.kl(step.taken, self.fewest, self.fall, self.until))
         rows, n_nonzero = next(self.source)
-        pace(partial(step, rows, n_nonzero))
+        pace(partial(step, rows, n_nonzero, self.source.n_drawn))
         self.recent.append(self.cells.origin(rows))
         evaluate = step.taken % self.every == 0 or step.taken == self.until
         settle = step.taken in self.settling
         if (evaluate or settle or step.taken % self.check_every == 0) and not step.finite:
-            raise _fault(self.step, self.recent)
+            raise _fault(self.step, self.recent, self.ranks)
         if evaluate or settle:
+            self.agree()
             self.check()
         self.has_news = evaluate
         with pace.steady() if evaluate or settle else nullcontext():
@@ -317,13 +377,14 @@ class Run:
             If they are not.
         """
         if not _is_finite([*self.step.parameters, *self.program.parameters(), *self.program.buffers()]):
-            raise _fault(self.step, self.recent)
+            raise _fault(self.step, self.recent, self.ranks)
 
     def _shuffled(self) -> Shuffled:
         """Return the order of the cells that are trained on at this step."""
         falls = self.fall is not None and self.step.taken >= self.fall
         seed = seed_from(self.seed, _FALL if falls else _LEVEL)
-        return self.cells.shuffled(self.step.size, self.everyone if falls else self.units, seed)
+        units = self.everyone if falls else self.units
+        return self.cells.shuffled(self.step.size, units, seed, self.ranks.rank, self.ranks.n)
 
     def _settle(self) -> None:
         """Let the program adapt to what some of the training cells have become."""
@@ -346,6 +407,7 @@ class Run:
         with seeded(seed, cells.device):
             look(cells, rows)
         self.program.train()
+        self.agree()
 
     def _evaluate(self) -> None:
         """Add a row to the history, learn the rates of decay, and see whether the bound still rises."""
@@ -362,12 +424,15 @@ class Run:
             if self.fall is None or step.taken < self.fall:
                 cells, rows = self.cells.held(self.held_out)
                 row["validation_elbo"], slopes = bound_and_slopes(self.program, cells, rows, step.shrunk)
+                self.ranks.copy_first([slopes])
                 if step.taken >= training.settled_at[1] * self.fewest:
                     self.decays.update(slopes)
                 self.news["validation"] = f"{row['validation_elbo']:.1f}"
         if step.shrunk:
             row["weight_decay"] = float(step.decays.log().mean().exp())
-        self.history.append(row | {name: float(value) for name, value in self.program.monitored().items()})
+        row |= {name: float(value) for name, value in self.program.monitored().items()}
+        row = self.ranks.gathered(row)[0]
+        self.history.append(row)
         self.bounds.append(row.get("validation_elbo", row["elbo"]))
         if self.fall is None:
             if step.taken >= training.level * self.fewest and _has_stopped(self.bounds, training.patience):
@@ -378,7 +443,10 @@ class Run:
                 self.until = round(self.fall / training.level)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return all that the rest of the training depends on, for :meth:`restore`: what JSON holds, and tensors."""
+        """Return all that the rest of the training depends on, for :meth:`restore`: what JSON holds, and tensors.
+
+        Several processes have to ask for it after the same step; it is the same in all.
+        """
         content = {
             "seed": self.seed,
             "taken": self.step.taken,
@@ -391,9 +459,7 @@ class Run:
             "seconds": perf_counter() - self.started,
             "order": self.source.state(),
         }
-        tensors = {"random.cpu": torch.get_rng_state()}
-        if self.cells.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.cells.device)
+        tensors = {f"own.{name}": self.ranks.stacked(value) for name, value in self._own().items()}
         for name, of in (
             ("program", self.program.state_dict()),
             ("step", self.step.state()),
@@ -423,9 +489,27 @@ class Run:
         self.source.close()
         self.source = self._shuffled()
         self.source.restore(content["order"])
-        torch.set_rng_state(tensors["random.cpu"])
+        self._restore_own(of("own"))
+
+    def _own(self) -> dict[str, Tensor]:
+        """Return what differs from process to process."""
+        own = {"random.cpu": torch.get_rng_state()}
         if self.cells.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.cells.device)
+            own["random.cuda"] = torch.cuda.get_rng_state(self.cells.device)
+        return own | {f"statistic.{k}": value for k, value in enumerate(_statistics(self.program))}
+
+    def _restore_own(self, own: Mapping[str, Tensor]) -> None:
+        """Go on with what each of the processes had; where there were more or fewer, with other noise."""
+        if len(own["random.cpu"]) != self.ranks.n:
+            self._draw_own_noise()
+            for k, statistic in enumerate(_statistics(self.program)):
+                statistic.copy_(own[f"statistic.{k}"].mean(0))
+            return
+        torch.set_rng_state(own["random.cpu"][self.ranks.rank].cpu())
+        if self.cells.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random.cuda"][self.ranks.rank].cpu(), self.cells.device)
+        for k, statistic in enumerate(_statistics(self.program)):
+            statistic.copy_(own[f"statistic.{k}"][self.ranks.rank])
 
     def course(self) -> Course:
         """Return how the training went."""
@@ -438,7 +522,7 @@ class Run:
         self.source.close()
 
 
-_SPLIT, _LEVEL, _FALL, _SETTLE, _LABELS = range(5)  # what is drawn of the cells
+_SPLIT, _LEVEL, _FALL, _SETTLE, _LABELS, _NOISE = range(6)  # what is drawn
 _COLUMNS = ("step", "elbo", "log_likelihood", "kl")  # of every history
 
 
@@ -456,21 +540,49 @@ def _has_stopped(bounds: Sequence[float], n: int) -> bool:
     return statistics.fmean(last) <= best + error
 
 
-def _fault(step: Step, recent: Sequence[Tensor]) -> NonFiniteLoss:
-    """Say where the loss first was not finite, given the cells of the last steps.
+def _statistics(program: Program) -> list[Tensor]:
+    """Return what batch normalisation knows of all cells."""
+    norms = [each for each in program.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
+    return [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+
+
+def _facts(program: Program, cells: Cells, training: Training, seed: int) -> dict[str, Any]:
+    """Return what has to be the same in all processes, by what it is called."""
+    known = repr(replace(cells.schema, continuous={}))  # whose means may differ by rounding
+    return {
+        "the number of cells": len(cells),
+        "the number of genes": cells.n_genes,
+        "genes and covariates": zlib.crc32(known.encode()),
+        "the counts of the cells": _checksum(cells.library_size),
+        "the batches of the cells": _checksum(cells.codes),
+        "the program": f"{program.name} {program.options}",
+        "the training": str(training),
+        "the seed": seed,
+    }
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.cpu().contiguous().numpy())
+
+
+def _fault(step: Step, recent: Sequence[Tensor], ranks: Ranks = ALONE) -> NonFiniteLoss:
+    """Say where the loss first was not finite, given the cells of the last steps; the same in all processes.
 
     Where a whole minibatch is at fault, the weights were not finite any more: the gradient of the step before spoilt
     them.
     """
-    if step.finite:
-        return NonFiniteLoss(step.taken, "gradient", recent[-1].tolist())
     number = int(step.seen)
-    before = step.taken - number  # steps since
-    rows = recent[-1 - before]
-    for site, term in step.terms.items():
-        wrong = ~torch.isfinite(term[: len(rows)])
-        if wrong.all() and before + 1 < len(recent):
-            return NonFiniteLoss(number - 1, "gradient", recent[-2 - before].tolist())
-        if wrong.any():
-            return NonFiniteLoss(number, site, rows[wrong].tolist())
-    return NonFiniteLoss(number, "gradient", rows.tolist())
+    before = 0 if step.finite else step.taken - number  # steps since
+    last = [rows.tolist() for rows in [*recent][: len(recent) - before][-2:]]
+    terms = {site: (~term[: len(last[-1])].isfinite()).tolist() for site, term in step.terms.items()}
+    shares = ranks.gathered([last, terms])
+    *earlier, rows = ([row for share, _ in shares for row in share[k]] for k in range(len(last)))
+    if step.finite:
+        return NonFiniteLoss(step.taken, "gradient", rows)
+    for site in terms:
+        wrong = [each for _, share in shares for each in share[site]]
+        if all(wrong) and earlier:
+            return NonFiniteLoss(number - 1, "gradient", earlier[0])
+        if any(wrong):
+            return NonFiniteLoss(number, site, [row for row, is_wrong in zip(rows, wrong, strict=True) if is_wrong])
+    return NonFiniteLoss(number, "gradient", rows)

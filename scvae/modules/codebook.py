@@ -13,6 +13,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from scvae.boundary.ranks import joined
 from scvae.modules.em import KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["Codebook", "UniformCodes"]
@@ -121,7 +122,7 @@ class Codebook(nn.Module):
         k = self.nearest(z)
         e = self.look_up(k)
         if self.training:
-            self.follow(z, k)
+            self.follow(*joined(z.detach(), k))
         return e
 
     def nearest(self, z: Tensor) -> Tensor:

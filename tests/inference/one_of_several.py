@@ -1,0 +1,233 @@
+"""A process that trains together with others, and answers what a test asks of it: ``python one_of_several.py PORT``."""
+
+import hashlib
+import logging
+import os
+import sys
+import time
+from multiprocessing.connection import Client
+
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import scvae
+from scvae.boundary.process import seeded, unchecked
+from scvae.boundary.ranks import ALONE, Ranks, ranks_of
+from scvae.data.reading import read_cells, read_schema
+from scvae.inference import svi
+from scvae.inference.recording import Recorded
+from scvae.inference.steps import Step
+from scvae.inference.svi import NonFiniteLoss, Run, Training
+from scvae.modules.nets import BatchNorm
+from scvae.programs import PROGRAMS, ZINB
+
+CPU = torch.device("cpu")
+
+
+def data(program="zinb", n=84):
+    """Cells of two batches, as the program wants them: counts, real numbers or images."""
+    adata = scvae.datasets.simulated_batches(
+        n_cells=n, n_genes=24, n_types=2, n_batches=2, library_size=50, type_scale=1, dropout=0.05, seed=3
+    )
+    rng = np.random.default_rng(0)
+    adata.obs["label"] = np.where(np.arange(n) % 3, adata.obs["cell_type"].astype(str), "Unknown")
+    if PROGRAMS[program].kind == "real":
+        adata.X = (3 + rng.normal(size=(n, 3)) @ rng.normal(size=(3, 24))).astype(np.float32)
+    if PROGRAMS[program].of_images:
+        rows = rng.integers(1, 7, n)
+        mean = 0.1 + 0.8 * (np.abs(np.arange(8) - rows[:, None]) <= 1)[:, :, None] * np.ones((1, 1, 8))
+        images = rng.random(mean.shape) < mean
+        obs = pd.DataFrame({"batch": pd.Categorical((np.arange(n) % 2).astype(str))}, index=adata.obs_names)
+        return AnnData(obs=obs, obsm={"image": images.astype(np.float32)})
+    return adata
+
+
+def keys(program):
+    return {"image_key": "image"} if PROGRAMS[program].of_images else {"batch_key": "batch"}
+
+
+class Broken(ZINB):
+    """ZINB that cannot say anything of the cells with one library size, once it has taken so many steps."""
+
+    name = "broken"
+
+    def __init__(self, schema, *, library_size=0.0, after=5, **options):
+        super().__init__(schema, **options)
+        self.options |= {"library_size": library_size, "after": after}
+        self.wrong, self.after, self.n = library_size, after, 0
+        self.decoder.register_forward_pre_hook(self.spoil)
+
+    def spoil(self, decoder, given):
+        z, l, batch = given
+        self.n += self.training
+        if self.training and self.n > self.after:
+            l = l.masked_fill(batch.library_size == self.wrong, torch.nan)
+        return z, l, batch
+
+
+def fitted(rank, program="zinb", unlike=(), eager=False, n_steps=100, n=84, **options):
+    """What a fit gives: a digest of all numbers, and the history."""
+    torch.set_num_threads(1)
+    adata = data(program, n)
+    options = {"batch_size": 32, "n_latent": 3, "min_steps": n_steps, "max_steps": n_steps} | keys(program) | options
+    options |= {"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}
+    if rank and unlike == "cells":
+        adata = adata[::-1].copy()
+    if rank and unlike == "seed":
+        options["seed"] = 1
+    logged = Log()
+    if eager:
+        svi.Recorded = lambda function: function
+    try:
+        model = scvae.fit(adata, program, progress=False, device="cpu", **options)
+    finally:
+        svi.Recorded = Recorded
+        logging.getLogger("scvae").removeHandler(logged)
+    numbers = [*model.program.state_dict().values(), torch.tensor(adata.obsm["X_scvae"])]
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in numbers)).hexdigest()
+    return {
+        "digest": digest,
+        "history": model.history.to_dict("list"),
+        "log": logged.lines,
+        "steps": model.course.n_steps,
+    }
+
+
+class Log(logging.Handler):
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.lines = []
+        logging.getLogger("scvae").setLevel(logging.INFO)
+        logging.getLogger("scvae").addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def broken(rank, row):
+    """The error of a fit that fails in one cell, and how long it took from then on."""
+    adata = data()
+    adata.X[row, 0] += 1000
+    start = time.monotonic()
+    try:
+        scvae.fit(
+            adata,
+            Broken,
+            progress=False,
+            batch_key="batch",
+            batch_size=32,
+            n_hidden=8,
+            library_size=float(adata.X[row].sum()),
+        )
+    except NonFiniteLoss as error:
+        return {"message": str(error), "rows": error.rows, "seconds": time.monotonic() - start}
+
+
+class Still(TorchDispatchMode):
+    """What is drawn is the same number, for every cell, in one process and in several."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in function.tags and function is not torch.ops.aten.dropout.default:
+            result.fill_(0.5 if result.is_floating_point() else 0)
+        return result
+
+
+def stepped(rank, program="zinb", n_steps=100, size=32, held=True, rate=1e-3, **options):
+    """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay."""
+    torch.set_num_threads(1)
+    adata = data(program)
+    options = (
+        {"n_latent": 3} | ({"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}) | options
+    )
+    with seeded(0, CPU), unchecked(), ranks_of(CPU) as ranks:
+        cells = read_cells(adata, read_schema(adata, kind=PROGRAMS[program].kind_of(options), **keys(program)))
+        made = PROGRAMS[program](cells.schema, **options)
+        made.initialise(cells)
+        step = Step(made, cells, size, ranks=ranks)
+        step.decays.fill_(1.0)
+        step.rate.fill_(rate)
+        step.kl_weight.fill_(1.0)
+        for module in made.modules():
+            if isinstance(module, BatchNorm) and held:
+                module.eval()
+        order = cells.shuffled(size, torch.arange(len(cells)), 0, ranks.rank, ranks.n)
+        with Still():
+            for _ in range(n_steps):
+                step(*next(order), order.n_drawn)
+        return {name: value.numpy() for name, value in made.state_dict().items()} | {"sums": step.sums.numpy()}
+
+
+def taken_up(rank, at, until):
+    """Digests of a run that is taken up again where it was, and of the same run without that."""
+    torch.set_num_threads(1)
+    adata = data()
+    training = Training(min_steps=60, max_steps=60, batch_size=32)
+
+    def start(ranks):
+        cells = read_cells(adata, read_schema(adata, batch_key="batch"))
+        program = ZINB(cells.schema, n_latent=3, n_hidden=8, prior="mixture")
+        program.initialise(cells)
+        program.train()
+        return Run(program, cells, training, ranks=ranks)
+
+    def go_on(run, until):
+        while run.step.taken < until:
+            run.advance(svi.Fixed())
+        return [value.clone() for value in run.program.state_dict().values()], run.history
+
+    with seeded(0, CPU), unchecked(), ranks_of(CPU) as ranks:
+        run = start(ranks)
+        go_on(run, at)
+        content, tensors = run.state()
+        tensors = {name: value.clone() for name, value in tensors.items()}
+        whole = go_on(run, until)
+        torch.manual_seed(5)
+        other = start(ranks)
+        other.restore(content, tensors)
+        again = go_on(other, until)
+        assert str(again[1]) == str(whole[1])
+        return all(map(torch.equal, again[0], whole[0])), len(tensors["own.random.cpu"])
+
+
+def agreements(rank):
+    """What the processes agree on, of this and that."""
+    with ranks_of(CPU) as ranks:
+        values = [torch.full((3,), float(rank)), torch.tensor(rank), torch.tensor([rank == 0, True])]
+        ranks.copy_first(values)
+        means = [torch.full((2, 2), float(rank)), torch.tensor([2.0 * rank])]
+        ranks.average(means)
+        return {
+            "rank": ranks.rank,
+            "first": [value.tolist() for value in values],
+            "means": [value.tolist() for value in means],
+            "agreed": [ranks.agreed(rank == 1), ranks.agreed(False)],
+            "gathered": ranks.gathered({"rank": rank, "text": "ä" * rank, "nan": float("nan")}),
+        }
+
+
+def rows_of_a_pass(rank, n_ranks, n, size):
+    """What the processes see of the cells in a pass."""
+    adata = data(n=n)
+    cells = read_cells(adata, read_schema(adata))
+    order = cells.shuffled(size, torch.arange(n), 0, rank, n_ranks)
+    return [(next(order)[0].tolist(), order.n_drawn) for _ in range(order.n_parts)]
+
+
+def main():
+    rank = int(os.environ["RANK"])
+    with Client(("127.0.0.1", int(sys.argv[1])), authkey=b"tests") as test:
+        test.send(rank)
+        while (asked := test.recv()) is not None:
+            name, options = asked
+            try:
+                test.send(globals()[name](rank, **options))
+            except Exception as error:
+                test.send(error)
+
+
+if __name__ == "__main__":
+    main()

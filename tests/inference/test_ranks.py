@@ -1,0 +1,247 @@
+"""Several processes train the model that one would train, all of them the same, and end together."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from multiprocessing.connection import Listener
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import torch
+
+import scvae
+from scvae.boundary import ranks
+from scvae.boundary.ranks import Ranks
+from scvae.modules.posteriors import POSTERIORS
+from scvae.modules.priors import PRIORS
+
+WORKER = Path(__file__).with_name("one_of_several.py")
+_spec = importlib.util.spec_from_file_location("one_of_several", WORKER)
+one = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(one)
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+#: Every program, and with those that have a choice every posterior and prior.
+FITS = [
+    *({"program": "zinb", "posterior": name, "prior": "normal"} for name in POSTERIORS),
+    *({"program": "gaussian", "posterior": name, "prior": "mixture", "n_components": 4} for name in POSTERIORS),
+    *({"program": "zinb", "prior": name} for name in PRIORS if name != "normal"),
+    {"program": "gaussian", "prior": "vamp", "n_components": 4},
+    {"program": "zinb", "labels_key": "label"},
+    {"program": "vq", "n_codes": 8},
+    {"program": "vq_gaussian", "n_codes": 8, "n_codebooks": 3},
+    {"program": "pose", "n_layers": 1},
+    {"program": "matrix_normal"},
+]
+
+
+def name_of(options):
+    return "-".join(str(value) for value in options.values())
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Several:
+    """Processes that wait for what they are to do together."""
+
+    def __init__(self, n):
+        self.n = n
+        with Listener(("127.0.0.1", 0), authkey=b"tests") as listener:
+            environment = os.environ | {
+                "WORLD_SIZE": str(n),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()),
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [sys.executable, str(WORKER), str(listener.address[1])]
+            self.processes = [subprocess.Popen(command, env=environment | {"RANK": str(k)}) for k in range(n)]
+            found = [listener.accept() for _ in range(n)]
+        self.connections = [each for _, each in sorted((each.recv(), each) for each in found)]
+
+    def __call__(self, name, **options):
+        """What each of them returns, or raises."""
+        for each in self.connections:
+            each.send((name, options))
+        return [each.recv() for each in self.connections]
+
+    def close(self):
+        for each in self.connections:
+            each.send(None)
+        for process in self.processes:
+            process.wait(30)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request):
+    found = Several(request.param)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("options", FITS, ids=name_of)
+def test_all_processes_have_the_same_model_after_a_hundred_steps(several, options):
+    first, *others = several("fitted", **options)
+    assert first["steps"] == 100, first
+    assert not first["log"]  # steps are replayed from a recording
+    for other in others:
+        assert other["digest"] == first["digest"]
+        assert str(other["history"]) == str(first["history"])
+
+
+@pytest.mark.parametrize("options", FITS, ids=name_of)
+def test_several_processes_take_the_steps_that_one_takes_with_all_their_cells(several, options):
+    options = {name: value for name, value in options.items() if name != "labels_key"}
+    alone = one.stepped(0, **options)
+    for found in several("stepped", **options):
+        assert found.keys() == alone.keys()
+        for name, value in found.items():
+            scale = np.abs(alone[name]).max() if name == "sums" else 1
+            assert np.abs(value - alone[name]).max() <= 1e-4 * scale, name
+
+
+def test_what_is_recorded_is_what_is_written(several):
+    recorded, eager = several("fitted"), several("fitted", eager=True)
+    assert {each["digest"] for each in recorded} == {each["digest"] for each in eager}
+    assert len({each["digest"] for each in recorded}) == 1
+
+
+def test_processes_draw_noise_of_their_own(several):
+    """With the same noise a second process with the same cells would tell nothing new; the bound would still differ."""
+    first = several("fitted", n_steps=20)[0]
+    assert first["digest"] != one.fitted(0, n_steps=20)["digest"]
+
+
+def test_a_cell_without_a_finite_loss_ends_all_and_is_named(several):
+    for row in (3, 50):
+        found = several("broken", row=row)
+        assert {each["message"] for each in found} == {found[0]["message"]}
+        assert f"({one.data().obs_names[row]!r})" in found[0]["message"]
+        assert all(each["rows"] == [row] for each in found)
+        assert all(each["seconds"] < 10 for each in found)
+
+
+def test_a_run_is_taken_up_again_by_all(several):
+    assert several("taken_up", at=17, until=40) == [(True, several.n)] * several.n
+
+
+def test_what_processes_agree_on(several):
+    mean = (several.n - 1) / 2
+    for rank, found in enumerate(several("agreements")):
+        assert found["rank"] == rank
+        assert found["first"] == [[0.0] * 3, 0, [True, True]]
+        assert found["means"] == [[[mean] * 2] * 2, [2 * mean]]
+        assert found["agreed"] == [True, False]
+        assert [each["text"] for each in found["gathered"]] == ["ä" * k for k in range(several.n)]
+
+
+def test_alone_a_process_agrees_with_itself():
+    values = [torch.arange(3.0)]
+    ranks.ALONE.copy_first(values)
+    ranks.ALONE.average(values)
+    assert values[0].tolist() == [0, 1, 2]
+    assert ranks.ALONE.gathered({"a": 1}) == [{"a": 1}]
+    assert ranks.ALONE.agreed(True)
+    assert not ranks.ALONE.agreed(False)
+    assert ranks.joined(*values)[0] is values[0]
+
+
+@pytest.mark.parametrize(("n", "size", "n_ranks"), [(80, 32, 2), (80, 32, 3), (41, 10, 4), (9, 8, 2)])
+def test_every_cell_comes_once_in_a_pass_over_all_processes(n, size, n_ranks):
+    shares = [one.rows_of_a_pass(rank, n_ranks, n, size) for rank in range(n_ranks)]
+    whole = one.rows_of_a_pass(0, 1, n, size)
+    for (rows, n_drawn), *parts in zip(whole, *shares, strict=True):
+        assert [row for part, _ in parts for row in part] == rows
+        assert {drawn for _, drawn in parts} == {n_drawn} == {len(rows)}
+
+
+def test_what_processes_were_not_given_alike_is_refused_in_all(several):
+    for unlike, what in (("cells", "the counts of the cells"), ("seed", "the seed")):
+        found = several("fitted", unlike=unlike)
+        assert len({str(each) for each in found}) == 1
+        assert type(found[0]) is ValueError
+        assert f"were not given the same: {what} (" in str(found[0])
+
+
+def test_a_share_of_one_cell_is_refused(several):
+    for each in several("fitted", batch_size=2 * several.n - 1):
+        assert type(each) is ValueError
+        assert f"shared by {several.n} processes: each needs two of its cells" in str(each)
+    assert all(each["steps"] == 3 for each in several("fitted", batch_size=2 * several.n, n_steps=3))
+
+
+def torchrun(folder, *arguments, code=None, n=2, restarts=0):
+    """Run the command line, or a script, in several processes; what they say, and the exit code."""
+    where = [str(folder / "script.py")] if code else ["-m", "scvae"]
+    if code:
+        (folder / "script.py").write_text(textwrap.dedent(code))
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}", f"--max-restarts={restarts}"]
+    command += ["--master-port", str(free_port()), *where, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+SMALL = ["--batch-key", "batch", "--max-epochs", 20, "--batch-size", 32, "--n-latent", 3, "--option", "n_hidden=8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with cells, and what an undisturbed training of two processes has made of them."""
+    folder = tmp_path_factory.mktemp("several")
+    one.data().write_h5ad(folder / "cells.h5ad")
+    done = torchrun(folder, "fit", "cells.h5ad", *SMALL, "--model", "model", "--output", "out.h5ad")
+    assert not done.returncode, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    (folder / "stderr").write_text(done.stderr)
+    return folder
+
+
+def test_the_command_line_in_several_processes_writes_and_speaks_once(folder, several):
+    assert (folder / "stdout").read_text().splitlines() == [
+        "model: model",
+        'embedding: .obsm["X_scvae"] in out.h5ad',
+    ]
+    assert (folder / "stderr").read_text().count("scvae: zinb, 84 cells") == 1
+    assert scvae.load(folder / "model").course.n_steps == 60
+    assert np.isfinite(anndata.read_h5ad(folder / "out.h5ad").obsm["X_scvae"]).all()
+
+
+def test_a_process_that_is_killed_is_restarted_with_the_others_and_the_result_is_the_same(folder):
+    code = """
+    import os, signal, sys
+    from scvae.__main__ import main
+    from scvae.inference import svi
+
+    advance = svi.Run.advance
+
+    def killed(run, pace):
+        advance(run, pace)
+        if run.step.taken == 40 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    svi.Run.advance = killed
+    main()
+    """
+    done = torchrun(folder, "fit", "cells.h5ad", *SMALL, "--output", "again.h5ad", code=code, restarts=1)
+    assert not done.returncode, done.stderr
+    assert "SIGKILL" in done.stderr or "exitcode: -9" in done.stderr
+    again, undisturbed = (anndata.read_h5ad(folder / name).obsm["X_scvae"] for name in ("again.h5ad", "out.h5ad"))
+    assert np.array_equal(again, undisturbed)
+
+
+def test_what_is_not_shared_is_refused_in_several_processes(folder, monkeypatch, adata):
+    for name in ranks._ENVIRONMENT:
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(ValueError, match="scvae.tune is the work of one process"):
+        scvae.tune(adata)
