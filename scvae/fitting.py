@@ -263,12 +263,12 @@ def fit(
                 )
             made.to(where).initialise(cells)
             check_writable(adata if tables is None else results.there_will_be(tables), made, cells, key_added)
-            if checkpoints is not None:
-                checkpoints.belong_to(made, cells, training, seed)
             if progress and is_first:
                 _say_what_is_fitted(made, cells, (adata if tables is None else tables).n_vars, mask_var)
             try:
                 with ranks_of(where) as ranks:
+                    if checkpoints is not None:
+                        checkpoints.belong_to(made, cells, training, seed, ranks)
                     course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
                 names = ", ".join(_names_of(error.rows[:5], adata, stored))

@@ -265,16 +265,16 @@ def fit(
             **({} if memory is None else streamed),
             **options,
         )
-    if rank_here() == 0:
-        write_fitted(
-            fitted,
-            None if isinstance(adata, str) else adata,
-            model=model,
-            output=output,
-            key_added=key_added,
-            overwrite=overwrite,
-            quiet=quiet,
-        )
+        if rank_here() == 0:
+            write_fitted(
+                fitted,
+                None if isinstance(adata, str) else adata,
+                model=model,
+                output=output,
+                key_added=key_added,
+                overwrite=overwrite,
+                quiet=quiet,
+            )
     end_if_interrupted(fitted)
 
 

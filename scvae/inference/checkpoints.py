@@ -16,7 +16,7 @@ import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from scvae.boundary import files
 from scvae.boundary.options import Range, real
+from scvae.boundary.ranks import Ranks, rank_here
 from scvae.boundary.signals import Signals, Suspended, watched
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ __all__ = ["Checkpoints", "checkpoints_in"]
 
 _FORMAT = 1
 _NAME = re.compile(r"step-(\d+)-[0-9a-f]{16}\.safetensors")
+_BETWEEN_MEETINGS = 0.25  # seconds, of several processes
+_MAX_PAUSE = 64  # steps between two
 _LONG = 60  # letters of a value that a message can show
 _SUM = "sha256:"  # begins what stands for a longer one
 
@@ -84,15 +87,20 @@ def checkpoints_in(folder: str | Path | None, minutes: float, resume: bool) -> I
             raise ValueError("resume goes on from a checkpoint: say in which folder they are, checkpoint=….")
         yield None
         return
-    with watched(folder) as signals, files.own_folder(folder) as place:
+    is_writer = rank_here() == 0  # of several processes
+    with watched(folder) as signals, files.own_folder(folder) if is_writer else nullcontext(Path(folder)) as place:
         checkpoints = Checkpoints(place, seconds, bool(resume), signals)
-        checkpoints.check_empty()
+        if is_writer:
+            checkpoints.check_empty()
         with checkpoints.writer:
             yield checkpoints
 
 
 class Checkpoints:
     """The checkpoints of one training; made by :func:`checkpoints_in`.
+
+    Of several processes that train together the first one reads and writes, and what a signal says to any of them, or
+    the time to the first, is done by all after the same step. For that they meet a few times a second.
 
     Parameters
     ----------
@@ -117,6 +125,8 @@ class Checkpoints:
         self.started = perf_counter()  # of the time until the next one
         #: Why the last one could not be written, if so.
         self.fault = ""
+        #: Step and time at which several processes met, and the step at which they do so again.
+        self.met, self.met_at, self.meeting = 0, perf_counter(), 0
 
     def check_empty(self) -> None:
         """Refuse a folder with anything in it, unless the training is to go on from there."""
@@ -133,19 +143,20 @@ class Checkpoints:
             f"{', …' if len(names) > 3 else ''}): name another folder."
         )
 
-    def belong_to(self, program: Program, cells: Cells, training: Training, seed: int) -> None:
+    def belong_to(self, program: Program, cells: Cells, training: Training, seed: int, ranks: Ranks) -> None:
         """Note what the checkpoints are of: a training that differs in any of it would not go on to the same weights.
 
         Parameters
         ----------
-        program, cells, training, seed
-            What is trained, on what, and how.
+        program, cells, training, seed, ranks
+            What is trained, on what, how, and by whom.
         """
         of = {
             "format": _FORMAT,
             "scvae": version("scvae-pyro"),
             "torch": torch.__version__,
             "device": cells.device.type,
+            "processes": ranks.n,
             "program": program.name,
             **program.options,
             **training.as_dict(),
@@ -165,18 +176,21 @@ class Checkpoints:
         ValueError
             If there are checkpoints and none can be read, or they are of another training.
         """
-        newest = self._newest() if self.resume else None
-        if newest is None:
+        tensors = {name: tensor.detach().to(run.ranks.device, copy=True) for name, tensor in run.state()[1].items()}
+        state, fault = None, ""
+        if run.ranks.rank == 0 and self.resume:
+            try:
+                state = self._newest(tensors)
+            except ValueError as error:
+                fault = str(error)
+        state, fault = run.ranks.gathered([state, fault])[0]
+        if fault:
+            raise ValueError(fault)
+        if state is None:
             self._write(run)
             return
-        path, content, tensors = newest
-        self._check_same(content["of"])
-        live = run.state()[1]
-        if {name: (t.shape, t.dtype) for name, t in live.items()} != {
-            name: (t.shape, t.dtype) for name, t in tensors.items()
-        }:
-            raise ValueError(f"{path} holds other weights than this training has: name another folder.")
-        run.restore(content["run"], tensors)
+        run.ranks.copy_first(list(tensors.values()))
+        run.restore(state, tensors)
 
     def goes_on(self, run: Run) -> bool:
         """Write a checkpoint after a step, where one is due; return whether the training is to go on.
@@ -188,7 +202,7 @@ class Checkpoints:
         NonFiniteLoss
             If a checkpoint is due, and the weights are of no use.
         """
-        number = self.signals.taken_up()
+        number, is_due = self._asked(run)
         if number is not None:
             self._write(run)
             self._wait(is_last=True)
@@ -198,11 +212,28 @@ class Checkpoints:
             if self.fault:
                 warnings.warn(self.fault, stacklevel=3)
             return False
-        if self.is_due(run):
+        if is_due:
             self._write(run)
         elif self.writing is not None and self.writing.done():
             self._wait()
         return True
+
+    def _asked(self, run: Run) -> tuple[int | None, bool]:
+        """Return the signal that came, if one did, and whether a checkpoint is due; the same in all processes."""
+        if run.ranks.group is None:
+            return self.signals.taken_up(), self.is_due(run)
+        taken = run.step.taken
+        if taken < self.meeting and taken < run.until:
+            return None, False
+        now = perf_counter()
+        pause = (taken - self.met) * _BETWEEN_MEETINGS / (now - self.met_at)
+        mine = [self.signals.number or 0, self.is_due(run), min(max(1, int(pause)), _MAX_PAUSE)]
+        numbers, is_due, pauses = run.ranks.stacked(torch.tensor(mine)).T.tolist()
+        self.met, self.met_at, self.meeting = taken, now, taken + pauses[0]
+        if not max(numbers):
+            return None, bool(is_due[0])
+        self.signals.taken_up()
+        return max(numbers), False
 
     def end(self, run: Run) -> None:
         """Write the checkpoint of the finished training, from which the same model is had at once."""
@@ -221,11 +252,13 @@ class Checkpoints:
         self._wait()
         run.check()
         state, live = run.state()
+        self.started = perf_counter()
+        if run.ranks.rank > 0:
+            return
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in live.items()}
         bound = run.bounds[-1] if run.bounds else math.nan
         content = json.dumps({"of": self.of, "run": state, "bound": bound})
         self.writing = self.writer.submit(self._write_file, run.step.taken, bound, content, tensors)
-        self.started = perf_counter()
 
     def _write_file(self, step: int, bound: float, content: str, tensors: dict[str, Tensor]) -> None:
         stem = f"step-{step:09d}"
@@ -253,10 +286,21 @@ class Checkpoints:
                 warnings.warn(f"{error} The training goes on, and tries again with the next checkpoint.", stacklevel=4)
         self.writing = None
 
-    def _newest(self) -> tuple[Path, dict[str, Any], dict[str, Tensor]] | None:
-        """Return the newest checkpoint that can be read, if there is one, and note the others that can."""
+    def _newest(self, into: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the state in the newest checkpoint that can be read, if there is one, and note all that can.
+
+        Parameters
+        ----------
+        into
+            Where its tensors go, by name.
+
+        Raises
+        ------
+        ValueError
+            If there are some and none can be read, or it is of another training.
+        """
         found = sorted((int(match[1]), name) for name in os.listdir(self.folder) if (match := _NAME.fullmatch(name)))
-        newest = None
+        newest: tuple[str, dict[str, Any], dict[str, Tensor]] | None = None
         for step, name in reversed(found):
             try:
                 data = files.read_checked(self.folder / name)
@@ -264,15 +308,24 @@ class Checkpoints:
                 content = json.loads(header["__metadata__"]["scvae"])
                 bound = float(content["bound"])
                 if newest is None:
-                    newest = self.folder / name, content, load_tensors(data)
+                    newest = name, content, load_tensors(data)
                 self.kept[step] = _Kept(self.folder / name, bound)
             except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
                 warnings.warn(f"{error} An older one is taken.", stacklevel=4)
-        if found and newest is None:
-            raise ValueError(
-                f"None of the checkpoints in {self.folder} can be read: start anew in another folder, or remove them."
-            )
-        return newest
+        if newest is None:
+            if found:
+                raise ValueError(
+                    f"None of the checkpoints in {self.folder} can be read: start anew in another folder, or remove "
+                    "them."
+                )
+            return None
+        name, content, tensors = newest
+        self._check_same(content["of"])
+        if _shapes(tensors) != _shapes(into):
+            raise ValueError(f"{self.folder / name} holds other tensors than this training has: name another folder.")
+        for key, tensor in tensors.items():
+            into[key].copy_(tensor)
+        return content["run"]
 
     def _check_same(self, of: Mapping[str, Any]) -> None:
         """Refuse the checkpoints of another training, and say in what it differs."""
@@ -293,6 +346,10 @@ class Checkpoints:
     @staticmethod
     def _ended_by(number: int) -> str:
         return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _brief(text: str) -> str:

@@ -198,12 +198,12 @@ def train(
         If a signal ended it, and there are checkpoints.
     """
     run = Run(program, cells, training, parts, ranks)
-    progress = progress and ranks.rank == 0
+    shows = progress and ranks.rank == 0
     if checkpoints is not None:
         checkpoints.begin(run)
-        if progress and run.step.taken:
+        if shows and run.step.taken:
             say(f"scvae: the training goes on from step {run.step.taken:,}")
-    bar = Progress(total=run.expected, initial=run.step.taken, disable=not progress)
+    bar = Progress(total=run.expected, initial=run.step.taken, disable=not shows)
     program.train(not parts)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
