@@ -215,10 +215,14 @@ def train(
                     if run.has_news:
                         bar.set_postfix(run.news)
                     if checkpoints is not None and not checkpoints.goes_on(run):
-                        raise KeyboardInterrupt
-                if checkpoints is not None:
-                    checkpoints.end(run)
+                        run.stopped = "interrupted"
+                        break
+                else:
+                    if checkpoints is not None:
+                        checkpoints.end(run)
         except KeyboardInterrupt:
+            if ranks.n > 1:  # the others may be at another step
+                raise
             run.stopped = "interrupted"
     run.agree()
     run.check()
