@@ -203,7 +203,7 @@ def covariates_of(
         Codes of the categories, ``[n_cells, n_keys]``; standardised continuous covariates, ``[n_cells, n_continuous]``;
         size factors, ``[n_cells]``, or None. See :func:`read_cells`.
     """
-    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
+    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int32)
     for i, (key, names) in enumerate(schema.categories.items()):
         is_left_out = unknown_batch == "ignore" or (unknown_batch == "marginal" and key == schema.batch_key)
         codes[:, i] = _codes(adata, key, names, "ignore" if is_left_out else "error", key == schema.batch_key)

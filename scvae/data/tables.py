@@ -162,7 +162,7 @@ class Table:
     def _dense_blocks(self, rows: int) -> Iterator[Block]:
         step = max(1, min(rows, _NUMBERS // max(1, self.n_genes)))
         chunk = (getattr(self.matrix, "chunks", None) or (1,))[0]
-        step = max(step - step % chunk, step if step < chunk else chunk)
+        step -= step % chunk if step > chunk else 0  # no chunk is read twice, where one can be read at a time
         for first in range(0, self.n_cells, step):
             last = min(first + step, self.n_cells)
             with self._reading(f"rows {first:,} to {last:,} of {self.where}"):

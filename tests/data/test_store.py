@@ -21,7 +21,7 @@ import scvae.data.shuffling
 from scvae.data import tables
 from scvae.data.reading import read_cells, read_schema
 from scvae.data.shuffling import Counts, _Bins, drawn, shuffled
-from scvae.data.store import open_store
+from scvae.data.store import open_store, write_manifest
 
 HOW = {
     "batch_key": "batch",
@@ -376,6 +376,17 @@ def edited(change):
     return damage
 
 
+def signed(change):
+    """A manifest that someone made who knows how."""
+
+    def damage(place):
+        content = json.loads((place / "manifest.json").read_text())["content"]
+        change(content)
+        write_manifest(place, content)
+
+    return damage
+
+
 def rewritten(text):
     return lambda place: (place / "manifest.json").write_bytes(text)
 
@@ -399,6 +410,17 @@ DAMAGES = {
     "another format": edited(lambda manifest: manifest.update(format=99)),
     "another number of cells": edited(lambda manifest: manifest["content"].update(n_cells=2**63)),
     "another place of the values": edited(lambda manifest: manifest["content"]["pieces"]["values"].__setitem__(0, 0)),
+    "another number of cells, signed anew": signed(lambda content: content.update(n_cells=81)),
+    "a huge number of cells, signed anew": signed(lambda content: content.update(n_cells=2**63)),
+    "no block, signed anew": signed(lambda content: content.update(block=0)),
+    "no cells, signed anew": signed(lambda content: content.update(n_cells=0)),
+    "a huge piece, signed anew": signed(lambda content: content["pieces"]["values"].__setitem__(1, 2**62)),
+    "a piece out of the file, signed anew": signed(lambda content: content["pieces"]["values"].__setitem__(0, -8)),
+    "a piece that is missing, signed anew": signed(lambda content: content["pieces"].pop("codes/1")),
+    "text for a number, signed anew": signed(lambda content: content.update(nnz="many")),
+    "objects, signed anew": signed(lambda content: content["pieces"]["row"].__setitem__(2, "O")),
+    "fewer genes, signed anew": signed(lambda content: content["schema"].update(genes=["gene_0"])),
+    "nothing, signed anew": signed(lambda content: content.clear()),
     "no content": edited(lambda manifest: manifest.pop("content")),
 }  # fmt: skip
 
@@ -410,7 +432,7 @@ def test_a_store_that_was_cut_off_or_edited_is_refused(path, kind):
     store.close()
     DAMAGES[kind](store.path)
     with pytest.raises(ValueError, match=r"cells\.h5ad\.scvae.*Delete the folder"):
-        whole(shuffled(path, **HOW))
+        whole(open_store(store.path))
     shutil.rmtree(store.path)
     assert whole(shuffled(path, **HOW)).values.sum() > 0
 
