@@ -137,6 +137,8 @@ class Store:
             if name.startswith("statistics/")
         }
         self._checksums = self._verified("checksums", content["checksums"]["checksums"])
+        #: Of all that the cells hold; other cells, or the same in another order, have another.
+        self.digest = _digest(content["checksums"])
         self._is_verified = np.zeros(len(self._checksums), dtype=bool)
         self._checked: Sequence[str] = content["checked"]
         self._most = {"genes": self.n_genes, "labels": len(self.schema.labels), "file": len(self.files)}

@@ -27,6 +27,7 @@ __all__ = ["StoredCells", "cells_of"]
 
 _MINIBATCHES = 64  # in a window, if there is memory for them
 _FEWEST_MINIBATCHES = 16  # with fewer, consecutive minibatches would be too much alike
+_LENGTHS = 1 << 18  # lengths of cells that are looked at in one go
 _LABELLED = 1 << 17  # cells with a label of which those that are shown to a prior are drawn
 
 
@@ -81,7 +82,7 @@ class StoredCells(Cells):
                 f"memory is {memory:,} bytes, and {_FEWEST_MINIBATCHES} minibatches of {batch_size:,} cells take "
                 f"{(least + 2) * of_block:,}: give more memory, or make minibatches smaller, batch_size=…."
             )
-        capacity = min(n_blocks * store.block, _MINIBATCHES * batch_size)
+        capacity = min(n_blocks * store.block, _MINIBATCHES * batch_size, len(store))
         self._room = capacity, min((capacity // store.block + 2) * store.most_nonzeros, store.nnz)
         self._keep(store.buffers(*self._room), store.schema, device)
         self.capacity, self.n_cells = capacity, len(store)
@@ -89,7 +90,7 @@ class StoredCells(Cells):
         self.place = torch.zeros(capacity, dtype=torch.int64, device=self.device)
         self._held: tuple[Tensor, Cells] | None = None
         staging = Staging(self)
-        staging.read([(0, min(capacity, len(store)))])
+        staging.read([(0, capacity)])
         self.show(staging)
 
     @cached_property
@@ -121,10 +122,10 @@ class StoredCells(Cells):
     # ---- What a training asks ----
 
     def split(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Return blocks of at least `n` cells, but of no more than half of them, and the other blocks."""
+        """Return blocks of about `n` cells, but no more than half of them, and the other blocks."""
         n_blocks = -(-len(self) // self.store.block)
         order = torch.randperm(n_blocks, generator=generator(seed))
-        n_drawn = min(-(-n // self.store.block), n_blocks // 2)
+        n_drawn = min(max(n > 0, round(n / self.store.block)), n_blocks // 2)
         return order[:n_drawn], order[n_drawn:]
 
     def n_in(self, units: Tensor) -> int:
@@ -155,6 +156,18 @@ class StoredCells(Cells):
         chosen = torch.randperm(len(rows), generator=generator(seed))[:n].numpy()
         cells = self._read(np.sort(rows[chosen]))
         return cells, torch.arange(len(cells), device=self.device)
+
+    def most_nonzeros(self, n: int) -> int:
+        """Return how many non-zeros `n` cells have at most: those of the cells of the store that have most."""
+        most = np.empty(0, dtype=np.int64)
+        for first in range(0, len(self), _LENGTHS):
+            lengths = np.diff(self.store.offsets(first, min(first + _LENGTHS, len(self))))
+            most = np.sort(np.concatenate([most, lengths]))[-n:]
+        return int(most.sum())
+
+    def digest(self) -> str:
+        """Return a checksum of all that the cells hold, and of how many are in the window, on which the order depends."""
+        return f"{self.store.digest}, {self.capacity}"
 
     def origin(self, rows: Tensor) -> Tensor:
         """Return the rows in the store of the cells of a minibatch."""
