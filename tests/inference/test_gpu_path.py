@@ -201,7 +201,7 @@ def test_a_whole_step_neither_waits_for_the_device_nor_mixes_it_with_another(nam
     cells = moved(cells, lambda tensor: tensor.to("meta"))
     step = step_of(program.to("meta"), cells)
     with unchecked(), watched() as watching:
-        step._take(torch.arange(SIZE, device="meta"), ROOM, padded=True)
+        step._take(torch.arange(SIZE, device="meta"), ROOM, SIZE, padded=True)
     done = [function for function, _ in watching.done]
     assert done.count(torch.ops.aten._fused_adamw_.tensor_lr) == 1
     assert not any("scvae" in str(function) for function in done)  # these are the operations for CPUs
@@ -233,12 +233,12 @@ def test_padded_steps_are_the_same_operations_at_the_same_places_whatever_the_ce
     room = int(lengths[many].sum())
     assert cells.schema.kind != "counts" or int(lengths[few].sum()) < room
     with unchecked():
-        step._take(rows, room, padded=True)
+        step._take(rows, room, SIZE, padded=True)
         places = [tensor.data_ptr() for tensor in _everything(step)]
         for minibatch in (few, many):
             rows.copy_(minibatch)
             with watched() as watching:
-                step._take(rows, room, padded=True)
+                step._take(rows, room, SIZE, padded=True)
             done.append(watching.done)
     assert len(done[0]) == len(done[1]) > 100
     for one, other in zip(*done, strict=True):
@@ -258,7 +258,7 @@ def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(na
         if is_padded:
             monkeypatch.setattr(operations, "are_for", lambda tensor: False)
         with unchecked(), seeded(1, torch.device("cpu")):
-            step._take(few, n_nonzero + 50 * is_padded, padded=is_padded)
+            step._take(few, n_nonzero + 50 * is_padded, SIZE, padded=is_padded)
         steps.append(step)
     ours, theirs = steps
     for site, term in ours.terms.items():
