@@ -156,6 +156,20 @@ class StoredCells(Cells):
         cells = self._read(np.sort(rows[chosen]))
         return cells, torch.arange(len(cells), device=self.device)
 
+    def most_nonzeros(self, n: int) -> int:
+        """Return how many non-zeros `n` cells of the store have at most: those of the cells that have most."""
+        taken = np.minimum(self._n_of_length[::-1].cumsum(), n)  # cells with so many non-zeros or more
+        return int(np.diff(taken, prepend=0) @ np.arange(self.n_genes, -1, -1))
+
+    @cached_property
+    def _n_of_length(self) -> np.ndarray:
+        """How many cells of the store have so many non-zeros, ``[n_genes + 1]``."""
+        n_cells = np.zeros(self.n_genes + 1, dtype=np.int64)
+        for first in range(0, len(self), _LABELLED):
+            lengths = np.diff(self.store.offsets(first, min(first + _LABELLED, len(self))))
+            n_cells += np.bincount(lengths.clip(max=self.n_genes), minlength=len(n_cells))
+        return n_cells
+
     def origin(self, rows: Tensor) -> Tensor:
         """Return the rows in the store of the cells of a minibatch."""
         return self.place[rows]

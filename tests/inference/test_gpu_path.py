@@ -11,9 +11,11 @@ import copy
 import functools
 import itertools
 
+import anndata
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from scvae import fitted
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import StoredCells
 from scvae.inference import marginal
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import CudaGraphs, _depends_on_values
@@ -268,6 +272,26 @@ def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(na
         torch.testing.assert_close(other, mean, rtol=1e-3, atol=1e-5 * float(largest))
     for buffer, other in zip(ours.program.buffers(), theirs.program.buffers(), strict=True):
         torch.testing.assert_close(other, buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_room_for_any_cells_of_a_store_whatever_its_window_shows(tmp_path):
+    rng = np.random.default_rng(0)
+    counts = (rng.random((5000, 12)) < rng.uniform(0.05, 1, (5000, 1))) * rng.integers(1, 300, (5000, 12))
+    counts[:, 0] = 1
+    anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "cells.h5ad")
+    store = shuffled(tmp_path / "cells.h5ad")
+    cells = StoredCells(store, "cpu", 100_000, batch_size=8)
+    assert cells.capacity < 2500
+    lengths = np.sort((counts > 0).sum(1))[::-1]
+    for n in (1, 8, 300, 5000):
+        assert cells.most_nonzeros(n) == lengths[:n].sum()
+    units, _ = cells.split(5000, 0)
+    order = cells.shuffled(8, units, 0)
+    for _ in range(60):
+        rows, n_nonzero = next(order)
+        padded = cells.batch(rows, cells.most_nonzeros(len(rows)), padded=True)
+        assert torch.equal(padded.values, cells.batch(rows, n_nonzero).values)
+    order.close()
 
 
 # ---- Forward on a fake CUDA device ----------------------------------------------------------------------------------
