@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Ranks:
 
     rank: int = 0
     n: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: str | None = None
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -205,21 +205,37 @@ def ranks_of(device: torch.device) -> Iterator[Ranks]:
     ------
     ValueError
         If the processes were joined by what exchanges no tensors on the device.
+    RuntimeError
+        If another process ends within the block.
     """
     if not there_are_several():
         yield ALONE
         return
     if dist.is_initialized():
-        yield _joined_ranks(device)
+        with _naming_the_lost():
+            yield _joined_ranks(device)
         return
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    own = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n, **own)
+    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n)
     try:
-        yield _joined_ranks(device)
+        with _naming_the_lost():
+            yield _joined_ranks(device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Say what it means that a process is not heard of any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Another process of the training has ended, or is not heard of any more; it says why itself. ({error})"
+        ) from error
 
 
 def _joined_ranks(device: torch.device) -> Ranks:
@@ -235,14 +251,15 @@ def _joined_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, group.group_name)
 
 
-def _next_store() -> dist.Store:
+def _next_store() -> Any:
     """Return where the processes find each other, for each time that they do so: what was there before is stale."""
     global _store, _n_joined
+    c10d: Any = dist  # whose stores are not in its __all__
     if _store is None:
-        _store = next(iter(dist.rendezvous("env://")))[0]
+        _store = next(iter(c10d.rendezvous("env://")))[0]
     _n_joined += 1
-    return dist.PrefixStore(f"scvae/{_n_joined}", _store)
+    return c10d.PrefixStore(f"scvae/{_n_joined}", _store)
 
 
-_store: dist.Store | None = None
+_store: Any = None
 _n_joined = 0
