@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +26,14 @@ from torch import Tensor
 
 __all__ = ["ALONE", "Ranks", "check_alone", "joined", "local_rank", "rank_here", "ranks_of", "there_are_several"]
 
+_T = TypeVar("_T")
+
 #: What ``torchrun`` tells a process of the others.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+#: How long the others wait for a process: as long as it may take to read files. One that has ended is noticed at once.
+_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,14 @@ class Ranks:
         lengths = self.stacked(torch.tensor(len(text))).tolist()
         texts = self.stacked(torch.tensor([*text, *[0] * (max(lengths) - len(text))], dtype=torch.uint8))
         return [json.loads(bytes(row[:n])) for row, n in zip(texts.tolist(), lengths, strict=True)]
+
+    def in_turn(self, what: Callable[[], _T]) -> _T:
+        """Do something in one process after the other, and return what it returns."""
+        for rank in range(self.n):
+            if rank == self.rank:
+                found = what()
+            self.gathered(None)
+        return found
 
     def agreed(self, flag: bool) -> bool:
         """Tell whether a flag is set in any process."""
@@ -217,7 +232,7 @@ def ranks_of(device: torch.device) -> Iterator[Ranks]:
         return
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n)
+    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n, timeout=_PATIENCE)
     try:
         with _naming_the_lost():
             yield _joined_ranks(device)

@@ -62,7 +62,7 @@ class Shuffled:
     @property
     def n_drawn(self) -> int:
         """How many cells the last minibatch had, over all processes."""
-        least, n_larger = divmod(len(self.rows), self.n_parts)
+        least, n_larger = divmod(self.n_cells, self.n_parts)
         return least + (self.position <= n_larger)
 
     def __iter__(self) -> Self:
