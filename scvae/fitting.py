@@ -242,7 +242,7 @@ def fit(
         "check_counts": check_counts,
     }
     is_first = rank_here() == 0  # of several processes, one speaks and writes
-    with checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints, ranks_of(where) as ranks:
+    with ranks_of(where) as ranks, checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
         stored = None
         if tables is None:
             schema = read_schema(adata, **how)

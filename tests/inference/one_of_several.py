@@ -18,7 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scvae
 from scvae.boundary.process import seeded, unchecked
 from scvae.boundary.ranks import ranks_of
+from scvae.data import shuffling
 from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import cells_of
 from scvae.inference import svi
 from scvae.inference.recording import Recorded
 from scvae.inference.steps import Step
@@ -154,7 +157,7 @@ class Still(TorchDispatchMode):
         return result
 
 
-def stepped(rank, program="zinb", n_steps=100, size=32, rate=1e-3, eps=1e-8, **options):
+def stepped(rank, program="zinb", n_steps=40, size=32, rate=1e-3, eps=1e-8, **options):
     """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay.
 
     Weights whose gradient is nothing but rounding are moved by Adam as far as any other, unless its epsilon is larger.
@@ -222,6 +225,25 @@ def taken_up(rank, at, until):
         return all(map(torch.equal, again[0], whole[0])), len(tensors["own.random.cpu"])
 
 
+def start(rank):
+    """What the processes start with: a digest of the program, and of the noise that is drawn next."""
+    adata = data()
+    with seeded(0, CPU), ranks_of(CPU) as ranks:
+        cells = read_cells(adata, read_schema(adata, batch_key="batch"))
+        program = ZINB(cells.schema, n_latent=3, n_hidden=8)
+        if rank:
+            program.v.add_(1)  # as if it had been started by another processor
+        Run(program, cells, Training(batch_size=32), ranks=ranks)
+        return str([value.tolist() for value in program.state_dict().values()]), torch.randn(2).tolist()[0]
+
+
+def embedded(rank, **options):
+    """The latent coordinates that a fit writes."""
+    adata = data()
+    scvae.fit(adata, batch_key="batch", progress=False, device="cpu", **options)
+    return adata.obsm["X_scvae"]
+
+
 def agreements(rank):
     """What the processes agree on, of this and that."""
     with ranks_of(CPU) as ranks:
@@ -238,12 +260,46 @@ def agreements(rank):
         }
 
 
-def rows_of_a_pass(rank, n_ranks, n, size):
-    """What the processes see of the cells in a pass."""
+def rows_of_a_pass(rank, n_ranks, n, size, path=None):
+    """What the processes see of the cells in a pass; of cells in memory, or of a file of them."""
     adata = data(n=n)
-    cells = read_cells(adata, read_schema(adata))
-    order = cells.shuffled(size, torch.arange(n), 0, rank, n_ranks)
-    return [(next(order)[0].tolist(), order.n_drawn) for _ in range(order.n_parts)]
+    if path is None:
+        cells = read_cells(adata, read_schema(adata))
+        units = torch.arange(n)
+    else:
+        cells = cells_of(shuffled(path, check_counts=True), CPU, 200_000, size)
+        units = torch.cat(cells.split(0, 0))
+    order = cells.shuffled(size, units, 0, rank, n_ranks)
+    found = []
+    for _ in range(order.n_parts):
+        rows, _ = next(order)
+        found.append((cells.origin(rows).tolist(), order.n_drawn))
+    order.close()
+    return found
+
+
+def lost(rank):
+    """What becomes of a process when another one ends."""
+    with ranks_of(CPU) as ranks:
+        if rank:
+            raise ValueError("This one cannot go on.")
+        ranks.gathered(None)
+
+
+def making_one_store(rank, path):
+    """Fit to a file of cells, of which one process makes the store."""
+    made = []
+    write = shuffling._write
+    shuffling._write = lambda *arguments: (made.append(rank), write(*arguments))
+    try:
+        model = scvae.fit(
+            path, batch_key="batch", n_hidden=8, max_epochs=2, batch_size=32, progress=False, device="cpu"
+        )
+    finally:
+        shuffling._write = write
+    values = model.program.state_dict().values()
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()
+    return digest, made
 
 
 def main():
