@@ -242,14 +242,14 @@ def fit(
         "check_counts": check_counts,
     }
     is_first = rank_here() == 0  # of several processes, one speaks and writes
-    with checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
+    with ranks_of(where) as ranks, checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
         stored = None
         if tables is None:
             schema = read_schema(adata, **how)
         else:
             bar = partial(Progress, disable=not (progress and is_first))
             how |= {"store": store, "n_top_genes": n_top_genes, "memory": budget, "seed": seed, "progress": bar}
-            stored = shuffled(adata, **how)
+            stored = ranks.in_turn(partial(shuffled, adata, **how))  # which the first one makes
             schema = stored.schema
         with alone(seed, where, gradient=True):
             made = kind(schema, **options)
@@ -266,10 +266,9 @@ def fit(
             if progress and is_first:
                 _say_what_is_fitted(made, cells, (adata if tables is None else tables).n_vars, mask_var)
             try:
-                with ranks_of(where) as ranks:
-                    if checkpoints is not None:
-                        checkpoints.belong_to(made, cells, training, seed, ranks)
-                    course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
+                if checkpoints is not None:
+                    checkpoints.belong_to(made, cells, training, seed, ranks)
+                course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
                 names = ", ".join(_names_of(error.rows[:5], adata, stored))
                 error.args = (

@@ -174,7 +174,7 @@ class Step:
             self._watch({**log_likelihood, **kl}, finite)
 
     def _of_all(
-        self, slopes: dict[Tensor, Tensor | None], reconstruction: Tensor, divergence: Tensor, share: float
+        self, slopes: dict[Tensor, Tensor], reconstruction: Tensor, divergence: Tensor, share: float
     ) -> Sequence[Tensor]:
         """Let slopes and terms be those of the whole minibatch, of which this process has a share; return the terms."""
         used = [(weights, slope) for weights, slope in slopes.items() if slope is not None]
