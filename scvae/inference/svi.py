@@ -509,9 +509,9 @@ class Run:
             for k, statistic in enumerate(_statistics(self.program)):
                 statistic.copy_(own[f"statistic.{k}"].mean(0))
             return
-        torch.set_rng_state(own["random.cpu"][self.ranks.rank].cpu())
+        torch.set_rng_state(own["random.cpu"][self.ranks.rank].cpu().clone())  # a view is read past its end
         if self.cells.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random.cuda"][self.ranks.rank].cpu(), self.cells.device)
+            torch.cuda.set_rng_state(own["random.cuda"][self.ranks.rank].cpu().clone(), self.cells.device)
         for k, statistic in enumerate(_statistics(self.program)):
             statistic.copy_(own[f"statistic.{k}"][self.ranks.rank])
 
