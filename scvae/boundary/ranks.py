@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import timedelta
+from time import perf_counter, sleep
 from typing import Any, TypeVar
 
 import torch
@@ -232,7 +234,7 @@ def ranks_of(device: torch.device) -> Iterator[Ranks]:
         return
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n, timeout=_PATIENCE)
+    dist.init_process_group(backend, store=_next_store(rank, n), rank=rank, world_size=n, timeout=_PATIENCE)
     try:
         with _naming_the_lost():
             yield _joined_ranks(device)
@@ -266,15 +268,33 @@ def _joined_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, group.group_name)
 
 
-def _next_store() -> Any:
-    """Return where the processes find each other, for each time that they do so: what was there before is stale."""
-    global _store, _n_joined
+def _next_store(rank: int, n: int) -> Any:
+    """Return where the processes find each other, under a name that only those know that are alive.
+
+    ``torchrun`` starts processes again beside what the earlier ones have left in the same store, where they have
+    addresses of processes that are gone. So each says hello by a word of its own, the first one answers to it, and is
+    told that the answer has come.
+    """
+    global _store
     c10d: Any = dist  # whose stores are not in its __all__
     if _store is None:
-        _store = next(iter(c10d.rendezvous("env://")))[0]
-    _n_joined += 1
-    return c10d.PrefixStore(f"scvae/{_n_joined}", _store)
+        _store = c10d.PrefixStore("scvae", next(iter(c10d.rendezvous("env://")))[0])
+    word = secrets.token_hex(8)
+    if rank > 0:
+        _store.set(f"hello/{rank}", word)
+        name = _store.get(f"answer/{word}").decode()
+        _store.set(f"heard/{name}/{rank}", "")
+        return c10d.PrefixStore(name, _store)
+    missing = set(range(1, n))
+    end = perf_counter() + _store.timeout.total_seconds()
+    while missing:
+        for other in [k for k in missing if _store.check([f"hello/{k}"])]:
+            _store.set(f"answer/{_store.get(f'hello/{other}').decode()}", word)
+        missing -= {k for k in missing if _store.check([f"heard/{word}/{k}"])}
+        if perf_counter() > end:
+            raise RuntimeError(f"Processes {sorted(missing)} of {n} have not been heard of: see what they say.")
+        sleep(0.01)
+    return c10d.PrefixStore(word, _store)
 
 
 _store: Any = None
-_n_joined = 0

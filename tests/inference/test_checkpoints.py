@@ -474,6 +474,23 @@ def test_a_step_that_does_not_end_is_given_up(adata, tmp_path, monkeypatch):
     assert steps(tmp_path) == [0]
 
 
+class Swallowing:
+    """Of which the exceptions that are raised when it ends go nowhere."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_callback_swallows_is_raised_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_SWALLOWED", 0.2)
+    with pytest.raises(SystemExit) as end, signals.watched(tmp_path):
+        Swallowing()
+        time.sleep(30)
+    assert end.value.code == 75
+
+
 def test_a_signal_sent_twice_is_one(adata, tmp_path, monkeypatch):
     real = Run.advance
 
