@@ -197,7 +197,7 @@ def _check_rows(file: Any) -> None:
             except Exception as error:  # of any library that unpacks it
                 raise ValueError(f"{where}/indptr cannot be read: {error}") from error
             check_pointers(indptr, n_rows, min(group["data"].size, group["indices"].size), where)
-            for name in ("data", "indices"):
+            for name in ("data", "indices", "indptr") if group["data"].size else ():
                 if getattr(group[name], "nchunks_initialized", 0) < getattr(group[name], "nchunks", 0):
                     raise ValueError(f"{where}/{name} lacks a part, which would be read as zeros")
 
