@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
@@ -16,6 +17,7 @@ from scvae.boundary.process import alone, device_of
 from scvae.data.cells import Cells
 from scvae.data.reading import read_cells, read_schema, some
 from scvae.fitted import Fitted, check_writable
+from scvae.inference.checkpoints import checkpoints_in
 from scvae.inference.progress import say
 from scvae.inference.svi import NonFiniteLoss, Training, train
 from scvae.kernels.operations import loops_are_compiled
@@ -45,6 +47,9 @@ def fit(
     device: str = "auto",
     seed: int = 0,
     key_added: str = "X_scvae",
+    checkpoint: str | Path | None = None,
+    checkpoint_minutes: float = 5.0,
+    resume: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> Fitted:
@@ -97,6 +102,16 @@ def fit(
     key_added
         Key of ``adata.obsm`` to write to, such as ``"X_mine"``; all else that is written is named after it. What an
         earlier fit wrote under the same key is replaced.
+    checkpoint
+        Folder for checkpoints of the training, which is made if need be and else is to be empty. With it, SIGTERM,
+        SIGHUP and SIGUSR1 end the fit in order, within seconds: a checkpoint is written, and ``SystemExit`` is raised
+        with the exit code 75. After Ctrl-C a checkpoint is written too, and the model is returned as it is then.
+    checkpoint_minutes
+        Between two checkpoints.
+    resume
+        Whether to go on from the newest checkpoint in that folder; where there is none, the training begins. The data
+        and all arguments are to be those of before, and then the weights come out as they would have without an
+        interruption: on a CPU the same numbers, bit by bit.
     progress
         Whether to say what is fitted and to show a progress bar.
     **options
@@ -123,7 +138,13 @@ def fit(
         If a layer or column is missing.
     ValueError
         If the counts or covariates cannot be modelled, the message naming the first cells or genes at fault; if an
-        option is out of its range; or if what is to be written would overwrite something of the user's.
+        option is out of its range; if what is to be written would overwrite something of the user's; or if the
+        checkpoints are of other data, of another training or of another version of the package, or cannot be read.
+    OSError
+        If the folder of checkpoints is not empty and `resume` is not set, cannot be written to, or another training
+        writes to it.
+    SystemExit
+        If a signal ended the training and it can be gone on with; its code is 75.
     TypeError
         If an option is not known, or `adata` is not an AnnData.
     scvae.inference.svi.NonFiniteLoss
@@ -162,41 +183,46 @@ def fit(
         raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
     if image_key is not None and not kind.of_images:
         raise ValueError(f"image_key belongs to models of images; {kind.name!r} models the values of genes.")
-    schema = read_schema(
-        adata,
-        kind=kind.kind_of(options),
-        layer=layer,
-        use_rep=use_rep,
-        image_key=image_key,
-        batch_key=batch_key,
-        categorical_covariate_keys=categorical_covariate_keys,
-        continuous_covariate_keys=continuous_covariate_keys,
-        size_factor_key=size_factor_key,
-        labels_key=labels_key,
-        unlabeled=unlabeled,
-        mask_var=mask_var,
-        check_counts=check_counts,
-    )
-    with alone(seed, where, gradient=True):
-        made = kind(schema, **options)
-        cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
-        if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
-            warnings.warn(f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2)
-        made.to(where).initialise(cells)
-        check_writable(adata, made, cells, key_added)
-        if progress:
-            _say_what_is_fitted(made, cells, adata, mask_var)
-        try:
-            course = train(made, cells, training, progress=progress)
-        except NonFiniteLoss as error:
-            names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
-            error.args = (
-                f"The loss is not finite at step {error.step}, site {error.site!r}, in {len(error.rows)} cells "
-                f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
-            )
-            raise
-    fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
-    fitted._write(adata, cells)
+    with checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
+        schema = read_schema(
+            adata,
+            kind=kind.kind_of(options),
+            layer=layer,
+            use_rep=use_rep,
+            image_key=image_key,
+            batch_key=batch_key,
+            categorical_covariate_keys=categorical_covariate_keys,
+            continuous_covariate_keys=continuous_covariate_keys,
+            size_factor_key=size_factor_key,
+            labels_key=labels_key,
+            unlabeled=unlabeled,
+            mask_var=mask_var,
+            check_counts=check_counts,
+        )
+        with alone(seed, where, gradient=True):
+            made = kind(schema, **options)
+            cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
+            if schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
+                warnings.warn(
+                    f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2
+                )
+            made.to(where).initialise(cells)
+            check_writable(adata, made, cells, key_added)
+            if checkpoints is not None:
+                checkpoints.belong_to(made, cells, training, seed)
+            if progress:
+                _say_what_is_fitted(made, cells, adata, mask_var)
+            try:
+                course = train(made, cells, training, progress=progress, checkpoints=checkpoints)
+            except NonFiniteLoss as error:
+                names = ", ".join(repr(str(name)) for name in adata.obs_names[error.rows[:5]])
+                error.args = (
+                    f"The loss is not finite at step {error.step}, site {error.site!r}, in {len(error.rows)} cells "
+                    f"({names}). Look at those cells, or pass a smaller learning_rate. The AnnData is unchanged.",
+                )
+                raise
+        fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
+        fitted._write(adata, cells)
     return fitted
 
 

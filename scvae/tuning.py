@@ -19,7 +19,7 @@ from scvae.boundary.keys import check_free, check_key
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.boundary.process import device_of
 from scvae.configurations import arguments_of, drawn_split, naming, needed, schemas_of
-from scvae.data.cells import n_minibatches
+from scvae.data.order import n_minibatches
 from scvae.fitted import Fitted
 from scvae.fitting import fit, program_of, split_options
 from scvae.inference.progress import Progress

@@ -6,6 +6,8 @@ before or what was to be there. Whatever is raised means that nothing changed, a
 
 A saved model is a folder with two files. The weights have a name that is made of their contents, and ``model.json``
 says which weights it belongs to: to replace ``model.json`` is to replace the model.
+
+A file that stands for itself, such as a checkpoint, has the checksum of its contents in its name.
 """
 
 from __future__ import annotations
@@ -24,12 +26,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_model", "check_output", "memory", "read_model", "write_file", "write_folder", "write_model"]
+__all__ = [
+    "check_model",
+    "check_output",
+    "memory",
+    "own_folder",
+    "read_checked",
+    "read_model",
+    "write_checked",
+    "write_file",
+    "write_folder",
+    "write_model",
+]
 
 _FORMAT = 2
 _DESCRIPTION = "model.json"
 _MOST_DESCRIPTION = 1 << 28  # bytes
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")
+_LETTERS = 16  # of a checksum that names a file
 _PART = re.compile(r"\.scvae-[0-9a-f]{16}\.part.*")  # of a process that was killed while it wrote
 _CANNOT_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS}  # file systems that know no flush of a folder
 
@@ -200,6 +214,131 @@ def memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # other systems
         return sys.maxsize
+
+
+def write_checked(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
+    """Write a file as a whole, with the checksum of its contents in its name.
+
+    Parameters
+    ----------
+    folder
+        Where to write.
+    stem, suffix
+        How the name begins and ends.
+    content
+        Of the file.
+
+    Returns
+    -------
+    Path
+        The file, which a power cut does not take away any more.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what was there is as it was.
+    """
+    path = folder / f"{stem}-{_digest(content)[:_LETTERS]}{suffix}"
+    with _telling(path):
+        _replace_bytes(path, content)
+    try:
+        _flush_folder(folder)
+    except OSError as error:
+        told = OSError(f"{path} is written, but its folder could not be flushed to the disk: {_reason(error)}.")
+        told.errno = error.errno
+        raise told from error
+    return path
+
+
+def read_checked(path: Path) -> bytes:
+    """Return the contents of a file that :func:`write_checked` wrote.
+
+    Raises
+    ------
+    ValueError
+        If they are not those that were written.
+    OSError
+        If it cannot be read.
+    """
+    if path.is_file():  # a pipe would be waited for
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if path.stem.endswith(f"-{digest[:_LETTERS]}"):
+                file.seek(0)
+                return file.read()
+    raise ValueError(f"{path} is damaged: its contents are not those that were written.")
+
+
+@contextmanager
+def own_folder(path: str | Path) -> Iterator[Path]:
+    """Have a folder to oneself within the block: nobody else is in such a block for it, where the system can tell.
+
+    It is made if need be, and removed again if nothing was written to it. What processes that were killed did not
+    finish there is removed. Meanwhile the file ``.lock`` is in it; left behind, it is of no harm.
+
+    Parameters
+    ----------
+    path
+        The folder; of a symbolic link, the folder that it leads to. Folders above it are made.
+
+    Raises
+    ------
+    FileExistsError
+        If it is a file.
+    BlockingIOError
+        If someone else has it.
+    OSError
+        If it cannot be made or written to.
+    """
+    place = _place(path)
+    if place.exists() and not place.is_dir():
+        raise FileExistsError(f"{path} is a file: name a folder.")
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    handle = None
+    try:
+        with _telling(path):
+            place.mkdir(parents=True, exist_ok=True)
+            handle = _lock(place / ".lock")
+        if handle is None:
+            raise BlockingIOError(
+                f"{path} is written to by another process: wait until it ends, or name another folder."
+            )
+        _remove_parts(place)
+        yield place
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                (place / ".lock").unlink()
+            os.close(handle)
+        with suppress(OSError):  # what is not empty is kept
+            for folder in made:
+                folder.rmdir()
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a file, which is made, and return its handle; None if someone else has it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except (ImportError, OSError):
+            return handle  # the system cannot tell
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # whoever had it before has removed it
+
+
+def _remove_parts(folder: Path) -> None:
+    with suppress(OSError):  # then the next one will
+        for name in os.listdir(folder):
+            if _PART.fullmatch(name):
+                (folder / name).unlink()
 
 
 def check_model(path: str | Path) -> None:

@@ -17,7 +17,7 @@ import pyro
 import torch
 from pyro.poutine import runtime
 
-__all__ = ["alone", "device_of", "seeded", "unchecked"]
+__all__ = ["alone", "device_of", "generator", "seed_from", "seeded", "unchecked"]
 
 _LOCK = threading.RLock()  # of all that is done in `alone`
 
@@ -96,6 +96,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
             with torch.cuda.device(each):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def seed_from(*key: int) -> int:
+    """Return a seed that depends on these whole numbers alone, none below 0; other numbers give another seed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*key: int) -> torch.Generator:
+    """Return random numbers of the CPU that depend on these whole numbers alone, whatever is drawn elsewhere."""
+    return torch.Generator().manual_seed(seed_from(*key))
 
 
 @contextmanager

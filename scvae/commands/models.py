@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import typer
 
 import scvae
 from scvae.boundary import files, formats
+from scvae.boundary.signals import watched
 from scvae.commands.parameters import (
     BatchKey,
     Device,
@@ -167,6 +169,15 @@ def fit(
         bool,
         typer.Option("--check-counts/--no-check-counts", help="Refuse counts that are not whole numbers."),
     ] = True,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints of the training, from which --resume goes on.", show_default=False),
+    ] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Between two checkpoints.")] = 5.0,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the newest checkpoint in that folder; begin where there is none."),
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -189,41 +200,52 @@ def fit(
       scvae fit cells.h5ad --prior mixture --option n_components=20 --output out.h5ad
 
       scvae fit cells.h5ad --program gaussian --use-rep X_pca --batch-key batch --output out.h5ad
+
+      scvae fit cells.h5ad --batch-key batch --model model --checkpoint checkpoints --resume
+
+    With --checkpoint, SIGTERM, SIGHUP and SIGUSR1 end the command within seconds, with exit code 75, and Ctrl-C with
+    130: a checkpoint is written, and no result. The same command with --resume goes on from there, to the same numbers.
+    Where the checkpoint cannot be written, the exit code is 128 and the number of the signal.
     """
     if output is None and model is None:
         raise typer.BadParameter("nothing would be kept: name --output, --model or both")
-    check({"--model": (model, MODEL), "--output": (output, CELLS)}, inputs=[input], overwrite=overwrite)
+    inputs = [input] if checkpoint is None else [input, checkpoint]
+    check({"--model": (model, MODEL), "--output": (output, CELLS)}, inputs=inputs, overwrite=overwrite)
     words = {"posterior": posterior, "prior": prior, "likelihood": likelihood}
     words |= {"dispersion": dispersion, "library": library}
     named: dict[str, Any] = {name: str(value) for name, value in words.items() if value is not None}
     numbers = {"kl_weight": kl_weight, "weight_decay": weight_decay}
     named |= {name: value for name, value in numbers.items() if value is not None}
     options = {**named, **_options(program, option or (), named)}
-    adata = formats.read(input)
-    fitted = scvae.fit(
-        adata,
-        program,
-        layer=layer,
-        use_rep=use_rep,
-        image_key=image_key,
-        batch_key=one_or_all(batch_key),
-        categorical_covariate_keys=categorical_covariate_key or (),
-        continuous_covariate_keys=continuous_covariate_key or (),
-        size_factor_key=size_factor_key,
-        labels_key=labels_key,
-        unlabeled=unlabeled,
-        mask_var=None if all_genes else mask_var,
-        n_latent=n_latent,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        device=device,
-        seed=seed,
-        key_added=key_added,
-        check_counts=check_counts,
-        progress=not quiet,
-        **options,
-    )
-    write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
+    with nullcontext() if checkpoint is None else watched(checkpoint, gives_back=False):
+        adata = formats.read(input)
+        fitted = scvae.fit(
+            adata,
+            program,
+            layer=layer,
+            use_rep=use_rep,
+            image_key=image_key,
+            batch_key=one_or_all(batch_key),
+            categorical_covariate_keys=categorical_covariate_key or (),
+            continuous_covariate_keys=continuous_covariate_key or (),
+            size_factor_key=size_factor_key,
+            labels_key=labels_key,
+            unlabeled=unlabeled,
+            mask_var=None if all_genes else mask_var,
+            n_latent=n_latent,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            key_added=key_added,
+            check_counts=check_counts,
+            checkpoint=checkpoint,
+            checkpoint_minutes=checkpoint_minutes,
+            resume=resume,
+            progress=not quiet,
+            **options,
+        )
+        write_fitted(fitted, adata, model=model, output=output, key_added=key_added, overwrite=overwrite, quiet=quiet)
     end_if_interrupted(fitted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,7 +13,9 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from scvae.boundary.process import generator
 from scvae.data.categories import name_of
+from scvae.data.order import Shuffled, n_minibatches
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
 
@@ -249,8 +252,8 @@ class Cells:
             entry = torch.where(cell < n, entry, self.offsets[rows[-1] + 1] - 1)
         return _take(self.values, entry), cell, _take(self.genes, entry)
 
-    def parts(self, size: int, rows: Tensor | None = None, shuffle: bool = False) -> Iterator[tuple[Tensor, int]]:
-        """Go once through the cells (or through `rows`), in order or shuffled, in parts of at most `size`.
+    def parts(self, size: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, int]]:
+        """Go once through the cells (or through `rows`), in order, in parts of at most `size`.
 
         The parts are as even as can be, so that none is a small leftover: their sizes differ by one at most, the larger
         ones first. None is larger than `size`, unless a cell would be left alone.
@@ -262,20 +265,61 @@ class Cells:
         """
         if rows is None:
             rows = torch.arange(self.n_cells, device=self.device)
-        if shuffle:
-            rows = rows[torch.randperm(len(rows)).to(self.device)]
         parts = rows.tensor_split(n_minibatches(len(rows), size))
+        yield from zip(parts, self.n_nonzero(parts), strict=True)
+
+    def n_nonzero(self, parts: Sequence[Tensor]) -> list[int]:
+        """Return how many non-zeros each of several parts of the cells has; waits for the device once."""
+        rows = torch.cat([*parts])
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         ends = torch.tensor([len(part) for part in parts], device=self.device).cumsum(0)
-        n_nonzero = torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
-        yield from zip(parts, n_nonzero, strict=True)
+        return torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
 
-    def minibatches(
-        self, size: int, rows: Tensor | None = None, shuffle: bool = False
-    ) -> Iterator[tuple[Tensor, Batch]]:
+    def minibatches(self, size: int, rows: Tensor | None = None) -> Iterator[tuple[Tensor, Batch]]:
         """Go through the cells as :meth:`parts` does, and yield the index of the cells of each, and the cells."""
-        for part, n_nonzero in self.parts(size, rows, shuffle):
+        for part, n_nonzero in self.parts(size, rows):
             yield part, self.batch(part, n_nonzero)
+
+    # What a training asks. It names cells by units, which here are their rows.
+
+    def split(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the units of `n` cells that are drawn, and those of the others."""
+        order = torch.randperm(len(self), generator=generator(seed)).to(self.device)
+        return order[:n], order[n:]
+
+    def n_in(self, units: Tensor) -> int:
+        """Return how many cells some units are."""
+        return len(units)
+
+    def shuffled(self, size: int, units: Tensor, seed: int, rank: int = 0, n_ranks: int = 1) -> Shuffled:
+        """Return endless minibatches of the cells of some units; of each, the share of one of several processes."""
+        return Shuffled(self, size, units, seed, rank, n_ranks)
+
+    def held(self, units: Tensor) -> tuple[Cells, Tensor]:
+        """Return cells in memory that hold those of some units, and the rows of these."""
+        return self, units
+
+    def sample(self, units: Tensor, n: int, seed: int) -> tuple[Cells, Tensor]:
+        """Draw at most `n` cells of some units; return cells in memory that hold them, and their rows."""
+        chosen = torch.randperm(len(units), generator=generator(seed))[:n]
+        return self, units[chosen.to(units.device)]
+
+    def labelled(self, units: Tensor, n: int, seed: int) -> tuple[Cells, Tensor]:
+        """Draw at most `n` cells that have a label as :meth:`sample` does."""
+        return self.sample(units if self.y is None else units[self.y[units] >= 0], n, seed)
+
+    def origin(self, rows: Tensor) -> Tensor:
+        """Return the rows, in the data as they were given, of the cells of a minibatch."""
+        return rows
+
+    def digest(self) -> str:
+        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another."""
+        found = hashlib.sha256()
+        given = (self.offsets, self.genes, self.values, self.codes, self.continuous, self.size_factor, self.y)
+        for tensor in given:
+            for part in () if tensor is None else tensor.flatten().split(_BLOCK):
+                found.update(part.cpu().numpy())
+        return found.hexdigest()
 
     def _log_factorial(self) -> Tensor:
         """Sum over genes of the log factorial of the counts, ``[n_cells]``: a constant of the data."""
@@ -312,11 +356,6 @@ class Cells:
 
     def _tensor(self, array: np.ndarray, dtype: Any, device: torch.device | None = None) -> Tensor:
         return torch.from_numpy(np.require(array, dtype, ["C", "W"])).to(device or self.device)
-
-
-def n_minibatches(n_cells: int, size: int) -> int:
-    """Return how many minibatches of at most `size` cells there are, when no cell may be left alone."""
-    return max(1, min(-(-n_cells // size), n_cells // 2))
 
 
 def _store(device: torch.device, n_bytes: int) -> torch.device:

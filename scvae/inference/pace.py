@@ -25,7 +25,7 @@ from scvae.data.cells import Cells
 from scvae.inference.evidence import elbo_terms
 from scvae.programs.program import Program
 
-__all__ = ["Pace", "cores", "pace_of"]
+__all__ = ["Fixed", "Pace", "cores", "pace_of"]
 
 _T = TypeVar("_T")
 

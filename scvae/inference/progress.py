@@ -35,6 +35,8 @@ class Progress:
         What the work is called.
     unit
         What a unit is called.
+    initial
+        How many units were done before.
     disable
         Whether to show nothing.
 
@@ -54,18 +56,19 @@ class Progress:
         total: int | None = None,
         desc: str = "scvae",
         unit: str = "step",
+        initial: int = 0,
         disable: bool = False,
     ) -> None:
         self.iterable, self.desc, self.unit = iterable, desc, unit
         self._total = len(iterable) if total is None and iterable is not None else total  # type: ignore[arg-type]
-        self.n = 0
+        self.n = initial
         self.disable = disable or _is_quiet.get() or sys.stderr is None
         self._bar = None
         if not self.disable and _shows_bars():
-            self._bar = tqdm(total=self._total, desc=desc, unit=unit, dynamic_ncols=True)
+            self._bar = tqdm(total=self._total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True)
         self._postfix = ""
         self._started = self._told_at = time.monotonic()
-        self._told_n = 0
+        self._told_n = initial
         self._is_open = True
 
     @property

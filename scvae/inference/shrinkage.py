@@ -10,7 +10,7 @@ Baydin et al. 2018, Online Learning Rate Adaptation with Hypergradient Descent, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,17 @@ class LearntDecays:
         self.rates = rates
         self.log_rates = rates.clamp(min=_LEAST).log()
         self.mean, self.square, self.n = torch.zeros_like(rates), torch.zeros_like(rates), 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next updates depend on, beside the rates, for :meth:`restore`."""
+        n = torch.tensor(self.n)
+        return {"log_rates": self.log_rates, "mean": self.mean, "square": self.square, "n": n}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where a training was."""
+        for name in ("log_rates", "mean", "square"):
+            getattr(self, name).copy_(state[name])
+        self.n = int(state["n"])
 
     def update(self, slopes: Tensor) -> None:
         """Shrink more where the negative bound rises with the scale, ``[n_matrices]``, and less where it falls."""

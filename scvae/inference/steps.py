@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -88,7 +88,8 @@ class Step:
         self.adam = _Adam(self.parameters)
         self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
         self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
-        self.taken = 0
+        #: Steps that were taken, and those of them that were taken since the making or :meth:`restore`.
+        self.taken = self.taken_here = 0
         self.replays: dict[int, tuple[int, Tensor, Callable[[], None]]] = {}
         #: Step, counted from 1, that the terms below are of: the first one that was not finite, or else the latest.
         self.seen = torch.zeros(1, dtype=torch.int64, device=cells.device)
@@ -97,12 +98,29 @@ class Step:
 
     def __call__(self, rows: Tensor, n_nonzero: int) -> None:
         """Take a step with the cells `rows`, ``[n]``, which have so many non-zeros."""
-        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken >= _WARM_UP else None
+        replay = self._replay(rows, n_nonzero, self.capture) if self.capture and self.taken_here >= _WARM_UP else None
         if replay is None:
             self._take(rows, n_nonzero)
         else:
             replay()
         self.taken += 1
+        self.taken_here += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the next steps depend on, beside the program and the random numbers, for :meth:`restore`."""
+        moments = {
+            f"{name}.{i}": moment
+            for i, (_, mean, square) in enumerate(self.adam.states)
+            for name, moment in (("mean", mean), ("square", square))
+        }
+        return {**moments, "count": self.count, "sums": self.sums, "decays": self.decays}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where a training was."""
+        for name, value in self.state().items():
+            value.copy_(state[name])
+        self.taken, self.taken_here = int(self.count), 0
+        self.seen.copy_(self.count)
 
     def _take(self, rows: Tensor, n_nonzero: int, padded: bool = False) -> None:
         log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))

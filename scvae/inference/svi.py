@@ -5,27 +5,30 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
-from scvae.boundary.process import unchecked
-from scvae.data.cells import Cells, n_minibatches
-from scvae.inference.pace import pace_of
-from scvae.inference.progress import Progress
+from scvae.boundary.process import seed_from, seeded, unchecked
+from scvae.data.cells import Cells
+from scvae.data.order import Shuffled, n_minibatches
+from scvae.inference.checkpoints import Checkpoints
+from scvae.inference.pace import Fixed, Pace, pace_of
+from scvae.inference.progress import Progress, say
 from scvae.inference.recording import Capture, CudaGraphs, Recorded
 from scvae.inference.shrinkage import LearntDecays, bound_and_slopes
 from scvae.inference.steps import Part, Step
 from scvae.programs.program import Program
 
-__all__ = ["Course", "NonFiniteLoss", "Training", "train"]
+__all__ = ["Course", "NonFiniteLoss", "Run", "Training", "train"]
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,19 @@ class NonFiniteLoss(FloatingPointError):
 
 
 def train(
-    program: Program, cells: Cells, training: Training, *, parts: Sequence[Part] = (), progress: bool = True
+    program: Program,
+    cells: Cells,
+    training: Training,
+    *,
+    parts: Sequence[Part] = (),
+    progress: bool = True,
+    checkpoints: Checkpoints | None = None,
 ) -> Course:
     """Maximise the ELBO by stochastic gradient ascent.
 
     Ctrl-C ends the training with the weights as they are. With `parts` these alone are learnt: the networks are as
-    after training (batch norm, dropout), and nothing else of the program changes.
+    after training (batch norm, dropout), and nothing else of the program changes. With `checkpoints` the training goes
+    on from the newest of them, if there is one and that was asked for, and writes them.
 
     Returns
     -------
@@ -177,100 +187,258 @@ def train(
     ------
     NonFiniteLoss
         If the loss is NaN or infinite; the weights are then of no use.
+    scvae.boundary.signals.Suspended
+        If a signal ended it, and there are checkpoints.
     """
-    start = perf_counter()
-    held_out, rows = _split(cells, training)
-    everyone = torch.cat([held_out, rows])
-    fewest, most = training.n_steps(n_minibatches(len(rows), training.batch_size))
-    every = -(-fewest // training.n_evaluations)
-    settling = set() if parts else {round(fraction * fewest) for fraction in training.settled_at}
-    check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
-
-    capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
-    if cells.device.type == "cpu":
-        capture = Recorded
-    elif cells.values.is_cuda:
-        capture = CudaGraphs()
-    step = Step(program, cells, min(training.batch_size, len(cells)), capture, training.deviation_scale, parts)
-    step.decays.fill_(training.decay(len(cells)))
-    decays = LearntDecays(step.decays)
-    recent: deque[Tensor] = deque(maxlen=check_every + 1)  # the cells of the last steps
-    history: list[dict[str, float]] = []
-    fall = (
-        None if fewest < most else min(round(training.level * most), most - 1)
-    )  # the step at which the rate begins to fall
-    until, stopped = most, "finished"
-    bounds: list[float] = []
-    shown: dict[str, str] = {}
-
-    bar = Progress(total=fewest, disable=not progress)
-    sizes = {len(part) for some in (rows, everyone) for part in some.tensor_split(n_minibatches(len(some), step.size))}
+    run = Run(program, cells, training, parts)
+    if checkpoints is not None:
+        checkpoints.begin(run)
+        if progress and run.step.taken:
+            say(f"scvae: the training goes on from step {run.step.taken:,}")
+    bar = Progress(total=run.expected, initial=run.step.taken, disable=not progress)
     program.train(not parts)
-    with unchecked(), bar, pace_of(program, cells, sizes) as pace:
-        source = _forever(cells, training.batch_size, rows)
+    with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
-            while step.taken < until:
-                if step.taken == fall:
-                    source = _forever(cells, training.batch_size, everyone)
-                    if len(held_out):
-                        step.decays.mul_(training.decay_in_fall)
-                step.rate.fill_(training.rate(step.taken, fewest, fall, until))
-                step.kl_weight.fill_(training.kl(step.taken, fewest, fall, until))
-                part, n_nonzero = next(source)
-                pace(partial(step, part, n_nonzero))
-                recent.append(part)
-                bar.update()
-                evaluate = step.taken % every == 0 or step.taken == until
-                settle = step.taken in settling
-                if (evaluate or settle or step.taken % check_every == 0) and not step.finite:
-                    raise _fault(step, recent)
-                if (evaluate or settle) and not _is_finite([*program.parameters(), *program.buffers()]):
-                    raise _fault(step, recent)
-                if settle:
-                    with pace.steady():
-                        _settle(program, cells, rows[torch.randperm(len(rows))[: training.max_settling_cells]])
-                if not evaluate:
-                    continue
-                if cells.y is not None:
-                    used = rows if fall is None or step.taken < fall else everyone
-                    n_assigned = training.max_assigned_cells[step.taken == until]
-                    with pace.steady():
-                        _assign_labels(program, cells, used[cells.y[used] >= 0], n_assigned)
-                since = step.taken - (history[-1]["step"] if history else 0)
-                log_likelihood, kl = (step.sums / since).tolist()
-                step.sums.zero_()
-                row = {"step": step.taken, "elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
-                shown["elbo"] = f"{row['elbo']:.1f}"
-                if len(held_out):
-                    row["validation_elbo"] = math.nan
-                    if fall is None or step.taken < fall:
-                        with pace.steady():
-                            row["validation_elbo"], slopes = bound_and_slopes(program, cells, held_out, step.shrunk)
-                        if step.taken >= training.settled_at[1] * fewest:
-                            decays.update(slopes)
-                        shown["validation"] = f"{row['validation_elbo']:.1f}"
-                if step.shrunk:
-                    row["weight_decay"] = float(step.decays.log().mean().exp())
-                history.append(row | {name: float(value) for name, value in program.monitored().items()})
-                bounds.append(row.get("validation_elbo", row["elbo"]))
-                bar.set_postfix(shown)
-                if fall is None:
-                    bar.total = max(fewest, round(step.taken / training.level))
-                    if step.taken >= training.level * fewest and _has_stopped(bounds, training.patience):
-                        fall, stopped = step.taken, "converged"
-                    elif step.taken >= training.level * most:
-                        fall = step.taken
-                    if fall is not None:
-                        until = bar.total = round(fall / training.level)
+            with nullcontext() if checkpoints is None else checkpoints.signals.put_off():
+                while run.step.taken < run.until:
+                    run.advance(pace)
+                    bar.update()
+                    bar.total = run.expected
+                    if run.has_news:
+                        bar.set_postfix(run.news)
+                    if checkpoints is not None and not checkpoints.goes_on(run):
+                        raise KeyboardInterrupt
+                if checkpoints is not None:
+                    checkpoints.end(run)
         except KeyboardInterrupt:
-            stopped = "interrupted"
-    if not _is_finite(step.parameters):
-        raise _fault(step, recent)
+            run.stopped = "interrupted"
+    run.check()
     program.eval()
-    table = pd.DataFrame(history, columns=list(history[0] if history else _COLUMNS))
-    return Course(table, stopped, len(cells), step.taken, until, perf_counter() - start)
+    return run.course()
 
 
+class Run:
+    """A training, step by step, which can be taken up again where it was.
+
+    What is drawn of the cells (those held out, the order, those that the program settles on) depends on the seed and on
+    the step alone, and is the same in every process; what a step draws, the noise of the latents, is drawn from torch's
+    random numbers.
+
+    Parameters
+    ----------
+    program, cells, training
+        What is trained, on what, and how.
+    parts
+        All that is learnt, where that is not the whole program.
+    """
+
+    def __init__(self, program: Program, cells: Cells, training: Training, parts: Sequence[Part] = ()) -> None:
+        self.program, self.cells, self.training = program, cells, training
+        self.started = perf_counter()
+        self.seed = int(torch.randint(2**62, ()))
+        self.held_out, others = cells.split(training.n_held_out(len(cells)), seed_from(self.seed, _SPLIT))
+        self.everyone = torch.cat([self.held_out, others])
+        self.units, self.n_held_out = others, cells.n_in(self.held_out)
+        self.fewest, self.most = training.n_steps(n_minibatches(cells.n_in(others), training.batch_size))
+        self.every = -(-self.fewest // training.n_evaluations)
+        self.settling = set() if parts else {round(fraction * self.fewest) for fraction in training.settled_at}
+        self.check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
+        capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
+        if cells.device.type == "cpu":
+            capture = Recorded
+        elif cells.values.is_cuda:
+            capture = CudaGraphs()
+        size = min(training.batch_size, len(cells))
+        self.step = Step(program, cells, size, capture, training.deviation_scale, parts)
+        self.step.decays.fill_(training.decay(len(cells)))
+        self.decays = LearntDecays(self.step.decays)
+        #: The cells of the last steps.
+        self.recent: deque[Tensor] = deque(maxlen=self.check_every + 1)
+        self.history: list[dict[str, float]] = []
+        self.bounds: list[float] = []
+        #: The step at which the rate begins to fall, once that is known, and the last step.
+        self.fall = None if self.fewest < self.most else min(round(training.level * self.most), self.most - 1)
+        self.until, self.stopped = self.most, "finished"
+        self.news: dict[str, str] = {}
+        self.has_news = False
+        self.source = self._shuffled()
+
+    @property
+    def expected(self) -> int:
+        """How many steps there will be, as far as is known."""
+        if self.fall is not None:
+            return self.until
+        return max(self.fewest, round(self.step.taken / self.training.level))
+
+    @property
+    def lengths(self) -> set[int]:
+        """Cells that a step may have."""
+        orders = [self.cells.shuffled(self.step.size, units, 0) for units in (self.units, self.everyone)]
+        return {n for order in orders for n in order.lengths}
+
+    def advance(self, pace: Pace | Fixed) -> None:
+        """Take a step, and do what is due after it.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If the loss is NaN or infinite.
+        """
+        step, training = self.step, self.training
+        if step.taken == self.fall:
+            self.source.close()
+            self.source = self._shuffled()
+            if self.n_held_out:
+                step.decays.mul_(training.decay_in_fall)
+        step.rate.fill_(training.rate(step.taken, self.fewest, self.fall, self.until))
+        step.kl_weight.fill_(training.kl(step.taken, self.fewest, self.fall, self.until))
+        rows, n_nonzero = next(self.source)
+        pace(partial(step, rows, n_nonzero))
+        self.recent.append(self.cells.origin(rows))
+        evaluate = step.taken % self.every == 0 or step.taken == self.until
+        settle = step.taken in self.settling
+        if (evaluate or settle or step.taken % self.check_every == 0) and not step.finite:
+            raise _fault(self.step, self.recent)
+        if evaluate or settle:
+            self.check()
+        self.has_news = evaluate
+        with pace.steady() if evaluate or settle else nullcontext():
+            if settle:
+                self._settle()
+            if evaluate:
+                self._evaluate()
+
+    def check(self) -> None:
+        """Refuse weights that are not finite.
+
+        Raises
+        ------
+        NonFiniteLoss
+            If they are not.
+        """
+        if not _is_finite([*self.step.parameters, *self.program.parameters(), *self.program.buffers()]):
+            raise _fault(self.step, self.recent)
+
+    def _shuffled(self) -> Shuffled:
+        """Return the order of the cells that are trained on at this step."""
+        falls = self.fall is not None and self.step.taken >= self.fall
+        seed = seed_from(self.seed, _FALL if falls else _LEVEL)
+        return self.cells.shuffled(self.step.size, self.everyone if falls else self.units, seed)
+
+    def _settle(self) -> None:
+        """Let the program adapt to what some of the training cells have become."""
+        seed = seed_from(self.seed, _SETTLE, self.step.taken)
+        cells, rows = self.cells.sample(self.units, self.training.max_settling_cells, seed)
+        self._show(cells, rows, self.program.settle, seed)
+
+    def _assign_labels(self) -> None:
+        seed = seed_from(self.seed, _LABELS, self.step.taken)
+        falls = self.fall is not None and self.step.taken >= self.fall
+        n = self.training.max_assigned_cells[self.step.taken == self.until]
+        cells, rows = self.cells.labelled(self.everyone if falls else self.units, n, seed)
+        if len(rows):
+            self._show(cells, rows, self.program.assign_labels, seed)
+
+    @torch.no_grad()
+    def _show(self, cells: Cells, rows: Tensor, look: Callable[[Cells, Tensor], object], seed: int) -> None:
+        """Let the program look at some cells, as it is after training."""
+        self.program.eval()
+        with seeded(seed, cells.device):
+            look(cells, rows)
+        self.program.train()
+
+    def _evaluate(self) -> None:
+        """Add a row to the history, learn the rates of decay, and see whether the bound still rises."""
+        step, training = self.step, self.training
+        if self.cells.y is not None:
+            self._assign_labels()
+        since = step.taken - (self.history[-1]["step"] if self.history else 0)
+        log_likelihood, kl = (step.sums / since).tolist()
+        step.sums.zero_()
+        row = {"step": step.taken, "elbo": log_likelihood - kl, "log_likelihood": log_likelihood, "kl": kl}
+        self.news["elbo"] = f"{row['elbo']:.1f}"
+        if self.n_held_out:
+            row["validation_elbo"] = math.nan
+            if self.fall is None or step.taken < self.fall:
+                cells, rows = self.cells.held(self.held_out)
+                row["validation_elbo"], slopes = bound_and_slopes(self.program, cells, rows, step.shrunk)
+                if step.taken >= training.settled_at[1] * self.fewest:
+                    self.decays.update(slopes)
+                self.news["validation"] = f"{row['validation_elbo']:.1f}"
+        if step.shrunk:
+            row["weight_decay"] = float(step.decays.log().mean().exp())
+        self.history.append(row | {name: float(value) for name, value in self.program.monitored().items()})
+        self.bounds.append(row.get("validation_elbo", row["elbo"]))
+        if self.fall is None:
+            if step.taken >= training.level * self.fewest and _has_stopped(self.bounds, training.patience):
+                self.fall, self.stopped = step.taken, "converged"
+            elif step.taken >= training.level * self.most:
+                self.fall = step.taken
+            if self.fall is not None:
+                self.until = round(self.fall / training.level)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return all that the rest of the training depends on, for :meth:`restore`: what JSON holds, and tensors."""
+        content = {
+            "seed": self.seed,
+            "taken": self.step.taken,
+            "history": self.history,
+            "bounds": self.bounds,
+            "fall": self.fall,
+            "until": self.until,
+            "stopped": self.stopped,
+            "news": self.news,
+            "seconds": perf_counter() - self.started,
+            "order": self.source.state(),
+        }
+        tensors = {"random.cpu": torch.get_rng_state()}
+        if self.cells.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.cells.device)
+        for name, of in (
+            ("program", self.program.state_dict()),
+            ("step", self.step.state()),
+            ("decays", self.decays.state()),
+        ):
+            tensors |= {f"{name}.{key}": value for key, value in of.items()}
+        return content, tensors
+
+    def restore(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on where a training of the same program, cells and settings was."""
+
+        def of(name: str) -> dict[str, Tensor]:
+            return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+        for name in ("seed", "fall", "until", "stopped"):
+            setattr(self, name, content[name])
+        self.history = [dict(row) for row in content["history"]]
+        self.bounds, self.news = list(content["bounds"]), dict(content["news"])
+        self.started = perf_counter() - content["seconds"]
+        self.held_out, self.units = self.cells.split(
+            self.training.n_held_out(len(self.cells)), seed_from(self.seed, _SPLIT)
+        )
+        self.everyone = torch.cat([self.held_out, self.units])
+        self.program.load_state_dict(of("program"))
+        self.step.restore(of("step"))
+        self.decays.restore(of("decays"))
+        self.source.close()
+        self.source = self._shuffled()
+        self.source.restore(content["order"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.cells.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.cells.device)
+
+    def course(self) -> Course:
+        """Return how the training went."""
+        table = pd.DataFrame(self.history, columns=list(self.history[0] if self.history else _COLUMNS))
+        seconds = perf_counter() - self.started
+        return Course(table, self.stopped, len(self.cells), self.step.taken, self.until, seconds)
+
+    def close(self) -> None:
+        """Let go of what is held for the next step."""
+        self.source.close()
+
+
+_SPLIT, _LEVEL, _FALL, _SETTLE, _LABELS = range(5)  # what is drawn of the cells
 _COLUMNS = ("step", "elbo", "log_likelihood", "kl")  # of every history
 
 
@@ -286,34 +454,6 @@ def _has_stopped(bounds: Sequence[float], n: int) -> bool:
     error = statistics.stdev(last) / math.sqrt(n) if n > 1 else 0.0
     best = max(statistics.fmean(bounds[i : i + n]) for i in range(len(bounds) - 2 * n + 1))
     return statistics.fmean(last) <= best + error
-
-
-def _split(cells: Cells, training: Training) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(len(cells)).to(cells.device)
-    n = training.n_held_out(len(cells))
-    return order[:n], order[n:]
-
-
-def _forever(cells: Cells, size: int, rows: Tensor) -> Iterator[tuple[Tensor, int]]:
-    while True:
-        yield from cells.parts(size, rows, shuffle=True)
-
-
-@torch.no_grad()
-def _settle(program: Program, cells: Cells, rows: Tensor) -> None:
-    program.eval()
-    program.settle(cells, rows)
-    program.train()
-
-
-@torch.no_grad()
-def _assign_labels(program: Program, cells: Cells, rows: Tensor, most: int) -> None:
-    if len(rows) > most:
-        rows = rows[torch.randperm(len(rows))[:most].to(rows.device)]
-    if len(rows):
-        program.eval()
-        program.assign_labels(cells, rows)
-        program.train()
 
 
 def _fault(step: Step, recent: Sequence[Tensor]) -> NonFiniteLoss:

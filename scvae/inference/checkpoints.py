@@ -1,0 +1,300 @@
+"""Checkpoints of a training: from each of them it goes on to the same weights, bit by bit.
+
+A checkpoint is one file of the format safetensors, ``step-….safetensors``, whose metadata hold what is no tensor, as
+JSON; its name ends with its checksum. It is written beside, flushed and renamed, and older ones are removed only after
+that. The last two are kept, and that of the highest bound (of held-out cells, where there are any).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from scvae.boundary import files
+from scvae.boundary.options import Range, real
+from scvae.boundary.signals import Signals, Suspended, watched
+
+if TYPE_CHECKING:
+    from scvae.data.cells import Cells
+    from scvae.inference.svi import Run, Training
+    from scvae.programs.program import Program
+
+__all__ = ["Checkpoints", "checkpoints_in"]
+
+_FORMAT = 1
+_NAME = re.compile(r"step-(\d+)-[0-9a-f]{16}\.safetensors")
+_LONG = 60  # letters of a value that a message can show
+_SUM = "sha256:"  # begins what stands for a longer one
+
+
+class _Kept(NamedTuple):
+    """A checkpoint on the disk."""
+
+    path: Path
+    #: The bound at the last evaluation; NaN where there was none.
+    bound: float
+
+
+@contextmanager
+def checkpoints_in(folder: str | Path | None, minutes: float, resume: bool) -> Iterator[Checkpoints | None]:
+    """Have the checkpoints of a training in a folder, and the signals that would end it, within the block.
+
+    Parameters
+    ----------
+    folder
+        The folder, which is made if need be; None for no checkpoints, and then None is yielded.
+    minutes
+        Between two of them.
+    resume
+        Whether to go on from the newest one, where there is one.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, or there is nothing to go on from that can be read.
+    FileExistsError
+        If the folder is not empty, unless `resume` is set.
+    OSError
+        If it cannot be written to, or another training writes to it.
+    """
+    seconds = 60 * real("checkpoint_minutes", minutes, Range(0, open_least=True))
+    if not isinstance(resume, bool | np.bool_):
+        raise ValueError(f"resume is True or False, not {resume!r}.")
+    if folder is None:
+        if resume:
+            raise ValueError("resume goes on from a checkpoint: say in which folder they are, checkpoint=….")
+        yield None
+        return
+    with watched(folder) as signals, files.own_folder(folder) as place:
+        checkpoints = Checkpoints(place, seconds, bool(resume), signals)
+        checkpoints.check_empty()
+        with checkpoints.writer:
+            yield checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of one training; made by :func:`checkpoints_in`.
+
+    Parameters
+    ----------
+    folder
+        Where they are.
+    seconds
+        Between two of them.
+    resume
+        Whether to go on from the newest one.
+    signals
+        That end the training.
+    """
+
+    def __init__(self, folder: Path, seconds: float, resume: bool, signals: Signals) -> None:
+        self.folder, self.seconds, self.resume, self.signals = folder, seconds, resume, signals
+        #: What a training has in common with those that it can go on from, by what it is called.
+        self.of: dict[str, Any] = {}
+        #: Those that can be read, by the step.
+        self.kept: dict[int, _Kept] = {}
+        self.writer = ThreadPoolExecutor(1, "scvae-checkpoints")
+        self.writing: Future[None] | None = None
+        self.started = perf_counter()  # of the time until the next one
+        #: Why the last one could not be written, if so.
+        self.fault = ""
+
+    def check_empty(self) -> None:
+        """Refuse a folder with anything in it, unless the training is to go on from there."""
+        names = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
+        if self.resume or not names:
+            return
+        if found := [name for name in names if _NAME.fullmatch(name)]:
+            raise FileExistsError(
+                f"{self.folder} holds checkpoints of an earlier training ({found[-1]}): pass resume=True (--resume) to "
+                "go on from there, or name another folder."
+            )
+        raise FileExistsError(
+            f"{self.folder} holds other things than checkpoints ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}): name another folder."
+        )
+
+    def belong_to(self, program: Program, cells: Cells, training: Training, seed: int) -> None:
+        """Note what the checkpoints are of: a training that differs in any of it would not go on to the same weights.
+
+        Parameters
+        ----------
+        program, cells, training, seed
+            What is trained, on what, and how.
+        """
+        of = {
+            "format": _FORMAT,
+            "scvae": version("scvae-pyro"),
+            "torch": torch.__version__,
+            "device": cells.device.type,
+            "program": program.name,
+            **program.options,
+            **training.as_dict(),
+            "seed": seed,
+            "n_cells": len(cells),
+            "n_genes": cells.n_genes,
+            **vars(program.schema),
+        }
+        self.of = {name: _brief(repr(value)) for name, value in of.items()}
+        self.of["what the data hold"] = _SUM + cells.digest()
+
+    def begin(self, run: Run) -> None:
+        """Take a training up where the newest checkpoint that can be read was, or write the first one.
+
+        Raises
+        ------
+        ValueError
+            If there are checkpoints and none can be read, or they are of another training.
+        """
+        newest = self._newest() if self.resume else None
+        if newest is None:
+            self._write(run)
+            return
+        path, content, tensors = newest
+        self._check_same(content["of"])
+        live = run.state()[1]
+        if {name: (t.shape, t.dtype) for name, t in live.items()} != {
+            name: (t.shape, t.dtype) for name, t in tensors.items()
+        }:
+            raise ValueError(f"{path} holds other weights than this training has: name another folder.")
+        run.restore(content["run"], tensors)
+
+    def goes_on(self, run: Run) -> bool:
+        """Write a checkpoint after a step, where one is due; return whether the training is to go on.
+
+        Raises
+        ------
+        Suspended
+            If a signal ended it. Ctrl-C may end it without: then False is returned.
+        NonFiniteLoss
+            If a checkpoint is due, and the weights are of no use.
+        """
+        number = self.signals.taken_up()
+        if number is not None:
+            self._write(run)
+            self._wait(is_last=True)
+            error = self.signals.error(number)
+            if isinstance(error, Suspended):
+                raise error if not self.fault else Suspended(f"{self._ended_by(number)}; {self.fault}", 128 + number)
+            if self.fault:
+                warnings.warn(self.fault, stacklevel=3)
+            return False
+        if self.is_due(run):
+            self._write(run)
+        elif self.writing is not None and self.writing.done():
+            self._wait()
+        return True
+
+    def end(self, run: Run) -> None:
+        """Write the checkpoint of the finished training, from which the same model is had at once."""
+        self._write(run)
+        self._wait(is_last=True)
+        if self.fault:
+            warnings.warn(f"The finished training has no checkpoint: {self.fault}", stacklevel=3)
+
+    def is_due(self, run: Run) -> bool:
+        """Whether a checkpoint is to be written after this step."""
+        is_writing = self.writing is not None and not self.writing.done()
+        return not is_writing and perf_counter() - self.started >= self.seconds
+
+    def _write(self, run: Run) -> None:
+        """Copy the state of a training, and let a thread write it."""
+        self._wait()
+        run.check()
+        state, live = run.state()
+        tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in live.items()}
+        bound = run.bounds[-1] if run.bounds else math.nan
+        content = json.dumps({"of": self.of, "run": state, "bound": bound})
+        self.writing = self.writer.submit(self._write_file, run.step.taken, bound, content, tensors)
+        self.started = perf_counter()
+
+    def _write_file(self, step: int, bound: float, content: str, tensors: dict[str, Tensor]) -> None:
+        stem = f"step-{step:09d}"
+        path = files.write_checked(self.folder, stem, ".safetensors", save_tensors(tensors, {"scvae": content}))
+        self.kept[step] = _Kept(path, bound)
+        steps = sorted(self.kept)
+        of_bound = [step for step in steps if not math.isnan(self.kept[step].bound)]
+        best = max(of_bound, key=lambda step: self.kept[step].bound, default=step)
+        self.kept = {step: self.kept[step] for step in steps if step in {*steps[-2:], best}}
+        wanted = {kept.path.name for kept in self.kept.values()}
+        for name in os.listdir(self.folder):
+            if _NAME.fullmatch(name) and name not in wanted:
+                (self.folder / name).unlink()
+
+    def _wait(self, is_last: bool = False) -> None:
+        """Wait for what is being written; warn, once, if it could not be and is not the last one."""
+        if self.writing is None:
+            return
+        try:
+            self.writing.result()
+            self.fault = ""
+        except Exception as error:
+            had_fault, self.fault = self.fault, str(error)
+            if not (had_fault or is_last):
+                warnings.warn(f"{error} The training goes on, and tries again with the next checkpoint.", stacklevel=4)
+        self.writing = None
+
+    def _newest(self) -> tuple[Path, dict[str, Any], dict[str, Tensor]] | None:
+        """Return the newest checkpoint that can be read, if there is one, and note the others that can."""
+        found = sorted((int(match[1]), name) for name in os.listdir(self.folder) if (match := _NAME.fullmatch(name)))
+        newest = None
+        for step, name in reversed(found):
+            try:
+                data = files.read_checked(self.folder / name)
+                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                content = json.loads(header["__metadata__"]["scvae"])
+                bound = float(content["bound"])
+                if newest is None:
+                    newest = self.folder / name, content, load_tensors(data)
+                self.kept[step] = _Kept(self.folder / name, bound)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                warnings.warn(f"{error} An older one is taken.", stacklevel=4)
+        if found and newest is None:
+            raise ValueError(
+                f"None of the checkpoints in {self.folder} can be read: start anew in another folder, or remove them."
+            )
+        return newest
+
+    def _check_same(self, of: Mapping[str, Any]) -> None:
+        """Refuse the checkpoints of another training, and say in what it differs."""
+        changed = [name for name in self.of if name not in of or of[name] != self.of[name]]
+        if not changed:
+            return
+
+        def told(name: str) -> str:
+            was, now = of.get(name, "nothing"), self.of[name]
+            return f"{name} differs" if _SUM in f"{was} {now}" else f"{name} was {was} and is {now}"
+
+        raise ValueError(
+            f"{self.folder} holds checkpoints of another training: {'; '.join(map(told, changed[:5]))}"
+            f"{'; …' if len(changed) > 5 else ''}. Go on with what it was given then, name another folder, or remove "
+            "this one to start anew."
+        )
+
+    @staticmethod
+    def _ended_by(number: int) -> str:
+        return "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+
+
+def _brief(text: str) -> str:
+    """Return a text, or a checksum that stands for a long one."""
+    return text if len(text) <= _LONG else _SUM + hashlib.sha256(text.encode()).hexdigest()
