@@ -87,7 +87,12 @@ def test_the_extra_for_development_brings_what_the_tests_import():
     brought |= (
         names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
     )
-    distribution = {"pyro": "pyro-ppl", "sklearn": "scikit-learn", "scib_metrics": "scib-metrics"}
+    distribution = {
+        "pyro": "pyro-ppl",
+        "sklearn": "scikit-learn",
+        "skmisc": "scikit-misc",
+        "scib_metrics": "scib-metrics",
+    }
     imported = set()
     tests = [path for path in (ROOT / "tests").rglob("*.py") if "benchmarks" not in path.parts]
     for path in [*(ROOT / "scvae").rglob("*.py"), *tests]:

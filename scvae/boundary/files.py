@@ -27,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "alone",
     "check_model",
     "check_output",
     "memory",
     "own_folder",
     "read_checked",
     "read_model",
+    "sweep",
     "write_checked",
     "write_file",
     "write_folder",
@@ -73,7 +75,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> None:
     _flush_folder_of(place)
 
 
-def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
+def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
     """Write a folder as a whole, where there is none.
 
     Parameters
@@ -82,23 +84,45 @@ def write_folder(path: str | Path, write: Callable[[Path], object]) -> None:
         Where to write.
     write
         Makes the folder, and writes to it, at the path that it is given, which is another name in the same folder.
+    overwrite
+        Whether a folder that is there is replaced. If the process is killed between the two steps that this takes,
+        there is none.
 
     Raises
     ------
     OSError
-        If it cannot be written, or something is there; what was there is as it was.
+        If it cannot be written, or something is there that may not be replaced; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place, Path(path).suffix) as part:
+    with _telling(path), _beside(place, Path(path).suffix) as part, _beside(place, Path(path).suffix) as old:
         write(part)
         for folder, _, names in os.walk(part):
             for name in names:
                 _flush(Path(folder, name))
             _flush_folder(Path(folder))
-        if place.is_dir() and os.name == "nt":
+        if place.is_dir() and os.name == "nt" and not overwrite:
             place.rmdir()  # an empty one, which other systems replace
-        os.rename(part, place)
+        if place.is_dir() and overwrite:
+            os.rename(place, old)
+        try:
+            os.rename(part, place)
+        except OSError:
+            if old.is_dir():
+                os.rename(old, place)
+            raise
     _flush_folder_of(place)
+
+
+def sweep(path: str | Path) -> None:
+    """Remove folders that were to become one at this path, or beside it, of processes that were killed.
+
+    That they are of no process is told by their being locked by none: whoever writes one for long is to be
+    :func:`alone` in it meanwhile.
+    """
+    place = _place(path)
+    for part in place.parent.glob(f".scvae-*.part{Path(path).suffix}"):
+        if part.is_dir() and _PART.fullmatch(part.name) and _is_free(part):
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *, overwrite: bool = False) -> None:
@@ -145,7 +169,7 @@ def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *,
     if not place.exists():
         write_folder(place, write)
         return
-    with _telling(path), _alone(place):
+    with _telling(path), alone(place):
         was_there = (place / name).exists()
         try:
             _replace_bytes(place / name, weights)
@@ -494,8 +518,25 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error).rstrip(".")
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether no process is alone in a folder, where the system can tell."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Wait until no other process writes to the folder, where the system can tell."""
     handle = None
     try:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import h5py
     from anndata import AnnData
 
-__all__ = ["WRITTEN", "read", "write"]
+__all__ = ["WRITTEN", "damaged", "read", "write"]
 
 WRITTEN = (".h5ad", ".zarr")
 _READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
@@ -123,7 +123,7 @@ def _read_hdf5(path: Path, kind: str) -> AnnData:
     except MemoryError:
         raise
     except Exception as error:  # the libraries raise this and that of files that are damaged
-        raise _damaged(path, kind, error) from error
+        raise damaged(path, kind, error) from error
     if is_anndata:
         with _anndata_of(path, "an .h5ad"):
             with h5py.File(path) as file:
@@ -150,7 +150,7 @@ def _read_10x(path: Path) -> AnnData:
         try:
             adata = sc.read_10x_h5(path)
         except Exception as error:
-            raise _damaged(path, "a 10x .h5", error) from error
+            raise damaged(path, "a 10x .h5", error) from error
     if not adata.n_vars:
         raise ValueError(f"{path} holds no gene expression, of which its 10x .h5 would be read")
     adata.var_names_make_unique()
@@ -176,7 +176,7 @@ def _anndata_of(path: Path, kind: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:  # anndata raises this and that of files that are damaged
-        raise _damaged(path, kind, error) from error
+        raise damaged(path, kind, error) from error
 
 
 def _check_rows(file: Any) -> None:
@@ -302,7 +302,8 @@ def _zarr() -> None:
         raise ImportError("a .zarr folder needs zarr: pip install zarr") from error
 
 
-def _damaged(path: Path, kind: str, error: Exception) -> ValueError:
+def damaged(path: Path, kind: str, error: Exception) -> ValueError:
+    """Return the error that says that a file or folder could not be read as what it should be."""
     what = "folder" if os.path.isdir(path) else "file"
     reason = " ".join([str(error), *getattr(error, "__notes__", ())]).replace("\n", " ")
     return ValueError(f"{path} is not {kind} {what}, or is damaged: {reason[:_LONGEST]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from scvae.boundary.process import generator
 from scvae.data.categories import name_of
 from scvae.data.order import Shuffled, n_minibatches
+from scvae.data.schemas import check_schema
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
 
@@ -90,6 +91,29 @@ class Schema:
     def n_covariates(self) -> int:
         """Columns of the covariate matrix: the one-hot categories, then the continuous covariates."""
         return sum(self.widths) + len(self.continuous)
+
+    def described(self) -> dict[str, Any]:
+        """Return the schema as JSON has it, which knows no keys but text: of tables, the pairs."""
+        tables = {"categories": list(self.categories.items()), "continuous": list(self.continuous.items())}
+        return {**asdict(self), **tables}
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Schema:
+        """Return the schema that JSON describes.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If it is none.
+        """
+
+        def plain(value: Any) -> Any:
+            return tuple(map(plain, value)) if isinstance(value, list) else value
+
+        tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
+        schema = cls(**{**{name: plain(value) for name, value in content.items()}, **tables})
+        check_schema(schema)
+        return schema
 
     def batch_of(self, codes: Tensor) -> Tensor:
         """Return the code of the batch of each cell, ``[n]``, out of the codes of all categorical covariates.

@@ -21,8 +21,12 @@ from scvae.data.cells import Cells, Key, Schema
 
 __all__ = [
     "categories_of",
+    "check_not_empty",
+    "check_values",
     "column_of",
     "counts_of",
+    "covariates_of",
+    "labels_of",
     "matrix_of",
     "read_cells",
     "read_schema",
@@ -53,8 +57,10 @@ def read_schema(
     mask_var: str | None = "auto",
     check_counts: bool = True,
 ) -> Schema:
-    """Read the names off an AnnData; the arguments are those of :func:`scvae.fit`, `kind` that of the program."""
-    check_anndata(adata)
+    """Read the names off an AnnData, which is one, or off :class:`~scvae.data.tables.Tables`.
+
+    The arguments are those of :func:`scvae.fit`, `kind` that of the program.
+    """
     batch_keys = names_of("batch_key", batch_key)
     batch: Key | None = tuple(batch_keys) if len(batch_keys) > 1 else batch_keys[0] if batch_keys else None
     image_shape = None
@@ -87,7 +93,7 @@ def read_schema(
         if values.min() == values.max():
             warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
         continuous[key] = (float(values.mean()), float(values.std()) if values.min() < values.max() else 1.0)
-    y, labels = (np.empty(0), []) if labels_key is None else _labels(adata, labels_key, unlabeled)
+    y, labels = (np.empty(0), []) if labels_key is None else labels_of(adata, labels_key, unlabeled)
     if labels_key is not None and len(labels) < 2:
         what = f"the single label {labels[0]!r}, so it tells nothing apart" if labels else "no label"
         warnings.warn(f"{where_of(labels_key)} names {what}.", stacklevel=3)
@@ -154,21 +160,7 @@ def read_cells(
         raise ValueError("The AnnData has no cells.")
     one_of("unknown_batch", unknown_batch, ("error", "ignore", "marginal"))
     one_of("missing_genes", missing_genes, ("error", "zero", "impute"))
-    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
-    for i, (key, names) in enumerate(schema.categories.items()):
-        is_left_out = unknown_batch == "ignore" or (unknown_batch == "marginal" and key == schema.batch_key)
-        codes[:, i] = _codes(adata, key, names, "ignore" if is_left_out else "error", key == schema.batch_key)
-    continuous = np.empty((adata.n_obs, len(schema.continuous)), dtype=np.float32)
-    for i, (key, (mean, std)) in enumerate(schema.continuous.items()):
-        continuous[:, i] = (_numbers(adata, key) - mean) / std
-    size_factor = None
-    if schema.size_factor_key is not None:
-        size_factor = _numbers(adata, schema.size_factor_key)
-        if (size_factor <= 0).any():
-            raise ValueError(
-                f"adata.obs[{schema.size_factor_key!r}] is not positive in "
-                f"{_these(adata, size_factor <= 0, 'leave them out')}."
-            )
+    codes, continuous, size_factor = covariates_of(adata, schema, unknown_batch)
     if schema.image_key is not None:
         images, where = _images(adata, schema.image_key), f"adata.obsm[{schema.image_key!r}]"
         if images.shape[1:] != schema.image_shape:
@@ -188,13 +180,42 @@ def read_cells(
         _warn_of_few(columns, schema.genes, adata)
         missing = columns < 0 if missing_genes == "impute" and (columns < 0).any() else None
     counts = _csr(matrix, columns)
-    _check_values(counts, adata, schema, where)
+    check_values(counts, adata, schema, where)
     if schema.kind == "counts" and schema.image_key is None:
-        _check_not_empty(counts, adata, schema, where, mask_var)
+        check_not_empty(counts, adata, schema, where, mask_var)
     labels = None
     if with_labels and schema.labels_key is not None and schema.labels:
-        labels, _ = _labels(adata, schema.labels_key, schema.unlabeled)
+        labels, _ = labels_of(adata, schema.labels_key, schema.unlabeled)
     return Cells(counts, codes, continuous, schema, size_factor, device, missing, labels)
+
+
+def covariates_of(
+    adata: AnnData, schema: Schema, unknown_batch: str = "error"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Return what is known of the cells of an AnnData, or of :class:`~scvae.data.tables.Tables`, beside their counts.
+
+    Returns
+    -------
+    codes, continuous, size_factor
+        Codes of the categories, ``[n_cells, n_keys]``; standardised continuous covariates, ``[n_cells, n_continuous]``;
+        size factors, ``[n_cells]``, or None. See :func:`read_cells`.
+    """
+    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
+    for i, (key, names) in enumerate(schema.categories.items()):
+        is_left_out = unknown_batch == "ignore" or (unknown_batch == "marginal" and key == schema.batch_key)
+        codes[:, i] = _codes(adata, key, names, "ignore" if is_left_out else "error", key == schema.batch_key)
+    continuous = np.empty((adata.n_obs, len(schema.continuous)), dtype=np.float32)
+    for i, (key, (mean, std)) in enumerate(schema.continuous.items()):
+        continuous[:, i] = (_numbers(adata, key) - mean) / std
+    size_factor = None
+    if schema.size_factor_key is not None:
+        size_factor = _numbers(adata, schema.size_factor_key)
+        if (size_factor <= 0).any():
+            raise ValueError(
+                f"adata.obs[{schema.size_factor_key!r}] is not positive in "
+                f"{_these(adata, size_factor <= 0, 'leave them out')}."
+            )
+    return codes, continuous, size_factor
 
 
 def with_new_batches(adata: AnnData, schema: Schema, batch_key: Key | None = None) -> tuple[Schema, np.ndarray]:
@@ -274,7 +295,7 @@ def _any_column_of(adata: AnnData, key: str | int) -> pd.Series:
     return column
 
 
-def _labels(adata: AnnData, key: str, unlabeled: str | None) -> tuple[np.ndarray, list[str]]:
+def labels_of(adata: AnnData, key: str, unlabeled: str | None) -> tuple[np.ndarray, list[str]]:
     """Return the code of each cell's label, ``[n_cells]``, -1 where it has none, and the names of the labels."""
     column = _any_column_of(adata, key)
     known = column.notna().to_numpy()
@@ -551,7 +572,8 @@ def _choose(matrix: Any, columns: np.ndarray | None) -> Any:
     )
 
 
-def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str) -> None:
+def check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str) -> None:
+    """Refuse values that cannot be modelled, ``[n_cells, n_genes]``; the message names the first cells and genes."""
     kind = counts.dtype.kind
     feature = "gene" if schema.image_key is None else "pixel"
     faults: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
@@ -600,9 +622,10 @@ def _check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, whe
         )
 
 
-def _check_not_empty(
+def check_not_empty(
     counts: sparse.csr_matrix, adata: AnnData, schema: Schema, where: str, mask_var: str | None
 ) -> None:
+    """Refuse cells without a count; the message names the first of them."""
     empty = np.diff(counts.indptr) == 0
     if not empty.any():
         return

@@ -12,12 +12,12 @@ from pyro import poutine
 from scipy import special, stats
 
 import scvae
+from scvae.data.cells import Schema
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence
 from scvae.modules import priors
 from scvae.modules.priors import LabelledMixturePrior, MixturePrior
 from scvae.programs import PROGRAMS
-from scvae.saved import schema_content, schema_of
 
 PROGRAM_NAMES = ["zinb", "gaussian"]
 
@@ -266,10 +266,10 @@ def test_labels_are_not_needed_and_not_read_when_the_model_is_asked(labelled, fi
 
 
 def test_schemas_of_models_that_were_saved_before_there_were_labels_are_read(model):
-    content = json.loads(json.dumps(schema_content(model.program.schema)))
+    content = json.loads(json.dumps(model.program.schema.described()))
     for field in ("labels_key", "unlabeled", "labels", "n_labelled"):
         del content[field]
-    assert schema_of(content) == model.program.schema
+    assert Schema.of(content) == model.program.schema
 
 
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
