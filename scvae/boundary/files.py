@@ -30,6 +30,7 @@ __all__ = [
     "alone",
     "check_model",
     "check_output",
+    "memory",
     "own_folder",
     "read_checked",
     "read_model",
@@ -219,7 +220,7 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
         if (name := _weights_of(file)) is None:
             raise _damaged(path)
         try:
-            weights = _read(path / name, _memory())
+            weights = _read(path / name, memory())
         except FileNotFoundError:
             if description == before:
                 raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.") from None
@@ -229,6 +230,14 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
     if file.get("sha256") != {"weights": _digest(weights), "content": _digest(canonical)}:
         raise _damaged(path)
     return content, weights
+
+
+def memory() -> int:
+    """Return how many bytes the memory of the machine has, as far as that is known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # other systems
+        return sys.maxsize
 
 
 def write_checked(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
@@ -551,14 +560,6 @@ def _read(path: Path, most: int) -> bytes:
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, and {most:,} at most can be read.")
     return path.read_bytes()
-
-
-def _memory() -> int:
-    """Return how many bytes the memory of the machine has, as far as that is known."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # other systems
-        return sys.maxsize
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
