@@ -12,6 +12,7 @@ from pyro import poutine
 from scipy import special, stats
 
 import scvae
+from scvae.data.cells import Schema
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence
 from scvae.modules import priors
