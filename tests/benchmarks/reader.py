@@ -4,9 +4,9 @@
 
 Simulated cells (``large.py``, 200 non-zeros each) are shuffled to stores of 100,000 and 1,000,000. Blocks of 64
 consecutive cells, in an order drawn at random, fill a buffer of 8,192, again and again, until all were read; the page
-cache is warm. Memory is what a process has resident at the most, beyond what it had before, the buffer included in that.
-Each measurement is a process of its own; those that are compared take turns, and the best of some is
-printed, as other programs may run.
+cache is warm. Memory is the most that a process has resident, beyond what it had when the buffer was made. Each
+measurement is a process of its own; those that are compared take turns, and the best of some is printed, as other
+programs may run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ NAMES = {
     "first": "store, verified on the way",
     "h5py": "h5py, its `cells.h5ad`",
     "shuffle": "written, `memory` of 64 MB",
+    "annbatch": "annbatch, its own zarr collection",
 }
 MEMORY = 64 << 20
 
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sizes", nargs="+", type=int, default=[100_000, 1_000_000])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--annbatch", help="python of an environment with annbatch[zarrs,numba], which needs 3.12")
     parser.add_argument("--task", nargs=2, metavar=("READER", "STORE"))
     arguments = parser.parse_args()
     if arguments.task:
@@ -50,8 +52,9 @@ def main() -> None:
         store = stored(arguments.folder, size)
         found: dict[str, list[dict[str, float]]] = {}
         for _ in range(arguments.repeats):
-            for reader in ("shuffle", "store", "first", "h5py"):
-                command = [sys.executable, __file__, str(arguments.folder), "--task", reader, str(store)]
+            for reader in ("shuffle", "store", "first", "h5py", *["annbatch"] * bool(arguments.annbatch)):
+                python = arguments.annbatch if reader == "annbatch" else sys.executable
+                command = [python, __file__, str(arguments.folder), "--task", reader, str(store)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 found.setdefault(reader, []).append(json.loads(done.stdout.splitlines()[-1]))
         for reader, each in found.items():
@@ -89,6 +92,8 @@ def stored(folder: Path, size: int) -> Path:
 
 def measure(reader: str, path: Path) -> dict[str, float]:
     """Read all cells once (of those verified before: twice), or write them; cells a second and the memory it took."""
+    if reader == "annbatch":
+        return measure_annbatch(path.with_suffix(""))
     from scvae.data.shuffling import shuffled
     from scvae.data.store import open_store
 
@@ -151,6 +156,31 @@ def fill_by_h5py(store):
             cell, nonzero = cell + BLOCK, end
 
     return fill
+
+
+def measure_annbatch(path: Path) -> dict[str, float]:
+    """Read chunks of 64 cells, 128 of them at a time, each time as one CSR matrix, of a collection that it wrote."""
+    import annbatch
+    import zarr
+    import zarrs  # noqa: F401
+
+    zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    place = path.with_suffix(".annbatch.zarr")
+    if not place.exists():
+        annbatch.DatasetCollection(zarr.open(str(place), mode="w")).add_adatas([path])
+    found: dict[str, float] = {}
+    for _ in range(2):  # the first time compiles
+        loader = annbatch.Loader(
+            chunk_size=BLOCK,
+            preload_nchunks=BUFFER // BLOCK,
+            batch_size=BUFFER,
+            shuffle=True,
+            rng=np.random.default_rng(0),
+        ).use_collection(annbatch.DatasetCollection(zarr.open(str(place), mode="r")))
+        with measured(found, int(path.stem)):
+            for batch in loader:
+                batch["X"]
+    return found
 
 
 if __name__ == "__main__":
