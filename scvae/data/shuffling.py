@@ -8,12 +8,14 @@ however many cells there are: each cell is read, written, read and written once.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -290,11 +292,11 @@ def _write(
     of_genes = np.dtype(np.uint16 if len(schema.genes) <= 1 << 16 else np.int32)
     n_bytes = sum(table.n_nonzero for table in tables.tables) * (2 + of_genes.itemsize) + 12 * tables.n_obs
     n_bins = min(max(1, -(-n_bytes * 4 // memory)), _MOST_BINS)  # a bin and its permutation take half of the memory
-    rng = np.random.default_rng([seed, 18])
-    bins = _Bins(folder / "bins", n_bins, of_genes, memory)
-    for counts in counts_of_blocks():
-        bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
-    bins.finish()
+    rng = np.random.default_rng(seed)
+    with _Bins(folder / "bins", n_bins, of_genes, memory) as bins:
+        for counts in counts_of_blocks():
+            bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
+        bins.finish()
     lengths = {"values": sum(bins.n_nonzeros), "genes": sum(bins.n_nonzeros), "offsets": tables.n_obs + 1}
     dtypes = {"values": bins.dtype, "genes": of_genes, "offsets": np.dtype(np.int64)}
     summary = _Summary(schema)
@@ -385,6 +387,14 @@ class _Bins:
         self._files = [open(path, "wb", buffering=room) for path in self.paths]
         self.n_cells, self.n_nonzeros = [0] * n_bins, [0] * n_bins
         self.dtype, self._of_genes = np.dtype(np.uint8), of_genes
+
+    def __enter__(self) -> _Bins:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self._files:
+            with suppress(OSError):  # of a full disk, which was raised before
+                file.close()
 
     def scatter(self, counts: Counts, chosen: np.ndarray) -> None:
         """Add cells, each to the bin that was chosen for it."""
@@ -542,7 +552,10 @@ def _skeleton(
     dtypes: dict[str, np.dtype],
     statistics: dict[str, np.ndarray],
 ) -> dict[str, tuple[int, int, np.dtype]]:
-    """Write an AnnData whose arrays are still to be filled, and return where each begins, its length and type."""
+    """Write an AnnData whose arrays are still to be filled, and return where each begins, its length and type.
+
+    HDF5 writes to memory, as it crashes where a disk is full.
+    """
     import h5py
     from anndata.io import write_elem
 
@@ -559,7 +572,8 @@ def _skeleton(
         _encode(made[name], kind, "0.2.0")
 
     n_cells, n_genes = tables.n_obs, len(schema.genes)
-    with h5py.File(path, "w") as file:
+    image = _Image()
+    with h5py.File(image, "w") as file:
         _encode(file, "anndata", "0.1.0")
         for key in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, key, {})
@@ -606,7 +620,59 @@ def _skeleton(
             make(f"statistics/{name}", uns, name, array.shape, array.dtype)
         make("checksums", uns, "checksums", (-(-n_cells // _BLOCK),), np.uint32)
         pieces = {name: (found.id.get_offset() or 0, found.size, found.dtype) for name, found in made.items()}
+    with open(path, "xb") as disk:
+        image.write_to(disk)
     return pieces
+
+
+class _Image(io.RawIOBase):
+    """What HDF5 writes to a file, and where, without the room between: arrays that are still to be filled."""
+
+    _PAGE = 1 << 12
+
+    def __init__(self) -> None:
+        self._pages: dict[int, bytearray] = {}
+        self._place = self._end = 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence]
+        return self._place
+
+    def write(self, content: Any) -> int:
+        content = memoryview(content).cast("B")
+        for page, own, other in self._parts(len(content)):
+            self._pages.setdefault(page, bytearray(self._PAGE))[own] = content[other]
+        self._end = max(self._end, self._place)
+        return len(content)
+
+    def readinto(self, out: Any) -> int:
+        out = memoryview(out).cast("B")
+        for page, own, other in self._parts(len(out)):
+            out[other] = self._pages.get(page, bytes(self._PAGE))[own]
+        return len(out)
+
+    def truncate(self, size: int | None = None) -> int:
+        self._end = self._place if size is None else size
+        return self._end
+
+    def flush(self) -> None:
+        pass
+
+    def write_to(self, file: Any) -> None:
+        """Write it to the disk, where the room between takes no space yet."""
+        for page in sorted(self._pages):
+            file.seek(page * self._PAGE)
+            file.write(self._pages[page])
+        file.truncate(self._end)
+
+    def _parts(self, n: int) -> Iterator[tuple[int, slice, slice]]:
+        """Go from the place on by `n` bytes: the page, which of its bytes, and which of the `n`."""
+        done = 0
+        while done < n:
+            page, first = divmod(self._place, self._PAGE)
+            length = min(n - done, self._PAGE - first)
+            yield page, slice(first, first + length), slice(done, done + length)
+            done, self._place = done + length, self._place + length
 
 
 def _encode(elem: Any, kind: str, version: str) -> Any:

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
@@ -134,7 +135,7 @@ def test_every_order_of_the_cells_is_equally_likely(tmp_path):
     x = sparse.csr_matrix(np.eye(4, dtype=np.float32))
     counts = Counts(0, x.data, x.indices, x.indptr.astype(np.int64), np.dtype(np.uint8))
     for seed in range(1200):
-        rng = np.random.default_rng([seed, 18])
+        rng = np.random.default_rng(seed)
         bins = _Bins(tmp_path / str(seed), 3, np.dtype(np.uint16), 1000)
         bins.scatter(counts, drawn(4, 3, rng))
         bins.finish()
@@ -282,6 +283,34 @@ def test_the_old_store_is_there_when_the_new_one_fails(adata, path):
     with pytest.raises(ValueError, match="NaN"):
         shuffled(path)
     assert open_store(path.parent / "cells.h5ad.scvae").n_cells == 80
+    assert sorted(os.listdir(path.parent)) == ["cells.h5ad", "cells.h5ad.scvae"]
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path):
+    """No file may grow beyond a limit, which is any of 12 up to the length of the file of cells."""
+    resource = pytest.importorskip("resource")
+    path = written(tmp_path, counts_of(500, 30))
+    old = shuffled(path, memory=20_000)
+    n_bytes = (old.path / "cells.h5ad").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in np.linspace(0, n_bytes - 1, 12).astype(int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
+        try:
+            with pytest.raises(
+                OSError, match=r"cells\.h5ad\.scvae could not be written: .*What was there is as it was"
+            ):
+                shuffled(path, memory=20_000, seed=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(os.listdir(tmp_path)) == ["cells.h5ad", "cells.h5ad.scvae"]
+    assert_holds(open_store(old.path), counts_of(500, 30))
+
+
+def test_two_threads_that_make_the_same_store_both_have_it(path):
+    with ThreadPoolExecutor(2) as threads:
+        stores = list(threads.map(lambda _: shuffled(path, batch_key="batch"), range(2)))
+    for store in stores:
+        assert_holds(store, read_h5ad(path).X)
     assert sorted(os.listdir(path.parent)) == ["cells.h5ad", "cells.h5ad.scvae"]
 
 
