@@ -8,7 +8,6 @@ however many cells there are: each cell is read, written, read and written once.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, special
 
-from scvae.boundary import files
+from scvae.boundary import files, hdf5
 from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
@@ -552,10 +551,7 @@ def _skeleton(
     dtypes: dict[str, np.dtype],
     statistics: dict[str, np.ndarray],
 ) -> dict[str, tuple[int, int, np.dtype]]:
-    """Write an AnnData whose arrays are still to be filled, and return where each begins, its length and type.
-
-    HDF5 writes to memory, as it crashes where a disk is full.
-    """
+    """Write an AnnData whose arrays are still to be filled, and return where each begins, its length and type."""
     import h5py
     from anndata.io import write_elem
 
@@ -572,8 +568,7 @@ def _skeleton(
         _encode(made[name], kind, "0.2.0")
 
     n_cells, n_genes = tables.n_obs, len(schema.genes)
-    image = _Image()
-    with h5py.File(image, "w") as file:
+    with hdf5.opened(path, "w") as file:
         _encode(file, "anndata", "0.1.0")
         for key in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, key, {})
@@ -620,59 +615,7 @@ def _skeleton(
             make(f"statistics/{name}", uns, name, array.shape, array.dtype)
         make("checksums", uns, "checksums", (-(-n_cells // _BLOCK),), np.uint32)
         pieces = {name: (found.id.get_offset() or 0, found.size, found.dtype) for name, found in made.items()}
-    with open(path, "xb") as disk:
-        image.write_to(disk)
     return pieces
-
-
-class _Image(io.RawIOBase):
-    """What HDF5 writes to a file, and where, without the room between: arrays that are still to be filled."""
-
-    _PAGE = 1 << 12
-
-    def __init__(self) -> None:
-        self._pages: dict[int, bytearray] = {}
-        self._place = self._end = 0
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._end}[whence]
-        return self._place
-
-    def write(self, content: Any) -> int:
-        content = memoryview(content).cast("B")
-        for page, own, other in self._parts(len(content)):
-            self._pages.setdefault(page, bytearray(self._PAGE))[own] = content[other]
-        self._end = max(self._end, self._place)
-        return len(content)
-
-    def readinto(self, out: Any) -> int:
-        out = memoryview(out).cast("B")
-        for page, own, other in self._parts(len(out)):
-            out[other] = self._pages.get(page, bytes(self._PAGE))[own]
-        return len(out)
-
-    def truncate(self, size: int | None = None) -> int:
-        self._end = self._place if size is None else size
-        return self._end
-
-    def flush(self) -> None:
-        pass
-
-    def write_to(self, file: Any) -> None:
-        """Write it to the disk, where the room between takes no space yet."""
-        for page in sorted(self._pages):
-            file.seek(page * self._PAGE)
-            file.write(self._pages[page])
-        file.truncate(self._end)
-
-    def _parts(self, n: int) -> Iterator[tuple[int, slice, slice]]:
-        """Go from the place on by `n` bytes: the page, which of its bytes, and which of the `n`."""
-        done = 0
-        while done < n:
-            page, first = divmod(self._place, self._PAGE)
-            length = min(n - done, self._PAGE - first)
-            yield page, slice(first, first + length), slice(done, done + length)
-            done, self._place = done + length, self._place + length
 
 
 def _encode(elem: Any, kind: str, version: str) -> Any:
