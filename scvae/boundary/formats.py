@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +102,79 @@ def write(adata: AnnData, path: str | Path) -> None:
             if is_zarr:
                 files.write_folder(path, adata.write_zarr)
             else:
-                files.write_file(path, adata.write_h5ad)
+                files.write_file(path, partial(_write_h5ad, adata))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # anndata raises this and that of what it cannot write
         where = " ".join(getattr(error, "__notes__", ()))
         raise ValueError(f"{path} could not be written: {error}. {where}".strip()) from error
+
+
+def _write_h5ad(adata: AnnData, path: Path) -> None:
+    import h5py
+    from anndata.io import write_elem
+
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with open(path, "x+b", buffering=0) as file:
+        sink = _Sink(file)
+        try:
+            with h5py.File(sink, "w") as into:
+                write_elem(into, "/", adata)
+        finally:
+            if sink.error is not None:
+                raise sink.error
+
+
+class _Sink:
+    """A file that HDF5 writes to and can close, whatever the disk says; the first thing that it says is kept.
+
+    HDF5 cannot close a file that it cannot write to: it would stay open, and keep its place on the disk, for as long as
+    the process lives.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.size, self.place = file, 0, 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        while self.error is None and done < len(view):
+            try:
+                self.file.seek(self.place + done)
+                done += self.file.write(view[done:])
+            except OSError as error:
+                self.error = error
+        self.place += len(view)
+        self.size = max(self.size, self.place)
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        self.size = size
+        return size
+
+    def seek(self, place: int, whence: int = 0) -> int:
+        self.place = place + (self.place if whence == 1 else self.size if whence == 2 else 0)
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def flush(self) -> None:
+        pass
+
+    def read(self, n: int = -1) -> bytes:
+        self.file.seek(self.place)
+        data = self.file.read(n)
+        self.place += len(data)
+        return data
+
+    def readinto(self, into: Any) -> int:
+        self.file.seek(self.place)
+        n = self.file.readinto(into)
+        self.place += n
+        return n
 
 
 def _read_hdf5(path: Path, kind: str) -> AnnData:
