@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import h5py
     from anndata import AnnData
 
-__all__ = ["WRITTEN", "damaged", "read", "write"]
+__all__ = ["WRITTEN", "damaged", "new_hdf5", "read", "write"]
 
 WRITTEN = (".h5ad", ".zarr")
 _READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
@@ -111,17 +111,31 @@ def write(adata: AnnData, path: str | Path) -> None:
 
 
 def _write_h5ad(adata: AnnData, path: Path) -> None:
-    import h5py
     from anndata.io import write_elem
 
     adata.strings_to_categoricals()
     if adata.raw is not None:
         adata.strings_to_categoricals(adata.raw.var)
+    with new_hdf5(path) as file:
+        write_elem(file, "/", adata)
+
+
+@contextmanager
+def new_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Make a file of HDF5 within the block, which is closed after it even where the disk is full.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    import h5py
+
     with open(path, "x+b", buffering=0) as file:
         sink = _Sink(file)
         try:
-            with h5py.File(sink, "w") as into:
-                write_elem(into, "/", adata)
+            with h5py.File(sink, "w") as made:
+                yield made
         finally:
             if sink.error is not None:
                 raise sink.error
@@ -151,6 +165,11 @@ class _Sink:
         return len(view)
 
     def truncate(self, size: int) -> int:
+        if self.error is None:
+            try:
+                self.file.truncate(size)
+            except OSError as error:
+                self.error = error
         self.size = size
         return size
 

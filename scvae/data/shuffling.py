@@ -24,6 +24,7 @@ import pandas as pd
 from scipy import sparse, special
 
 from scvae.boundary import files
+from scvae.boundary.formats import new_hdf5
 from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
@@ -559,7 +560,7 @@ def _skeleton(
         _encode(made[name], kind, "0.2.0")
 
     n_cells, n_genes = tables.n_obs, len(schema.genes)
-    with h5py.File(path, "w") as file:
+    with new_hdf5(path) as file:
         _encode(file, "anndata", "0.1.0")
         for key in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, key, {})
