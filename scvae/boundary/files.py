@@ -12,6 +12,7 @@ A file that stands for itself, such as a checkpoint, has the checksum of its con
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -94,7 +95,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
         If it cannot be written, or something is there that may not be replaced; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place, Path(path).suffix) as part, _beside(place, Path(path).suffix) as old:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         for folder, _, names in os.walk(part):
             for name in names:
@@ -103,13 +104,9 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
         if place.is_dir() and os.name == "nt" and not overwrite:
             place.rmdir()  # an empty one, which other systems replace
         if place.is_dir() and overwrite:
-            os.rename(place, old)
-        try:
+            _exchange(part, place)  # and what was there goes
+        else:
             os.rename(part, place)
-        except OSError:
-            if old.is_dir():
-                os.rename(old, place)
-            raise
     _flush_folder_of(place)
 
 
@@ -485,10 +482,14 @@ def _relation(place: Path, source: Path) -> str | None:
     return "holds" if place in other.parents else None
 
 
+def _part_beside(place: Path, suffix: str) -> Path:
+    return place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
+
+
 @contextmanager
 def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a name in the same folder; after the block nothing has it."""
-    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
+    part = _part_beside(place, suffix)
     try:
         yield part
     finally:
@@ -497,6 +498,30 @@ def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
         else:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _exchange(part: Path, place: Path) -> None:
+    """Give two folders each other's name; in one step where the system can."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if library.renameat2(here, os.fsencode(part), here, os.fsencode(place), exchange) == 0:
+            return
+    except (AttributeError, TypeError, OSError):  # systems without it; file systems without it are told by the result
+        pass
+    old = _part_beside(place, part.suffix)
+    os.rename(place, old)
+    try:
+        os.rename(part, place)
+    except OSError as error:
+        try:
+            os.rename(old, place)
+        except OSError:
+            told = OSError(f"{place} could not be written: {_reason(error)}. What was there is now {old}.")
+            told._scvae_told = True  # type: ignore[attr-defined]
+            raise told from error
+        raise
+    os.rename(old, part)
 
 
 @contextmanager

@@ -8,10 +8,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scvae.boundary import files
+from scvae.boundary import files, hdf5
 
 if TYPE_CHECKING:
     import h5py
@@ -101,12 +102,22 @@ def write(adata: AnnData, path: str | Path) -> None:
             if is_zarr:
                 files.write_folder(path, adata.write_zarr)
             else:
-                files.write_file(path, adata.write_h5ad)
+                files.write_file(path, partial(_write_h5ad, adata))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # anndata raises this and that of what it cannot write
         where = " ".join(getattr(error, "__notes__", ()))
         raise ValueError(f"{path} could not be written: {error}. {where}".strip()) from error
+
+
+def _write_h5ad(adata: AnnData, path: Path) -> None:
+    from anndata.io import write_elem
+
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with hdf5.opened(path, "w") as file:
+        write_elem(file, "/", adata)
 
 
 def _read_hdf5(path: Path, kind: str) -> AnnData:
