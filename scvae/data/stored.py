@@ -166,7 +166,7 @@ class StoredCells(Cells):
         return int(most.sum())
 
     def digest(self) -> str:
-        """Return a checksum of all that the cells hold, and of how many are in the window, on which the order depends."""
+        """Return a checksum of all that the cells hold, and how many are in the window, on which the order depends."""
         return f"{self.store.digest}, {self.capacity}"
 
     def origin(self, rows: Tensor) -> Tensor:
