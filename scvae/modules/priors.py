@@ -294,7 +294,7 @@ class VampPrior(nn.Module):
     def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
         """Start as cells drawn at random; `transform` makes of their values what the encoder takes."""
         n, (_, everyone) = len(self.logits), cells.split(0, 0)
-        some, rows = cells.sample(everyone, n, int(torch.randint(2**62, ())))
+        some, rows = cells.sample(everyone, n, int(torch.randint(2**31, ())))
         batch = some.batch(rows.repeat(-(-n // len(rows)))[:n])
         self.inputs.copy_(transform(batch.values))
         self.covariates.copy_(batch.covariates)

@@ -122,7 +122,7 @@ class VQ(Program):
         self.decoder.start(cells)
         if self.options["kmeans_start"]:
             _, everyone = cells.split(0, 0)
-            some, rows = cells.sample(everyone, _START_CELLS, int(torch.randint(2**62, ())))
+            some, rows = cells.sample(everyone, _START_CELLS, int(torch.randint(2**31, ())))
             self.codebook.start(self.encode(some.batch(rows)))
 
     def decayed(self) -> list[Tensor]:
