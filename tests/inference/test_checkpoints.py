@@ -485,9 +485,14 @@ class Swallowing:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_a_callback_swallows_is_raised_again(tmp_path, monkeypatch):
     monkeypatch.setattr(signals, "_SWALLOWED", 0.2)
-    with pytest.raises(SystemExit) as end, signals.watched(tmp_path):
-        Swallowing()
-        time.sleep(30)
+
+    def work():
+        with signals.watched(tmp_path):
+            Swallowing()
+            time.sleep(30)
+
+    with pytest.raises(SystemExit) as end:
+        work()
     assert end.value.code == 75
 
 
@@ -615,5 +620,38 @@ def test_the_command_goes_on_after_kill_and_signals(adata, tmp_path):
     assert names(tmp_path) == ["cells.h5ad", "kept", "whole"]
     done = run(tmp_path, *given)
     assert done.returncode == 0, done.stderr
+    assert_same(scvae.load(tmp_path / "model"), scvae.load(tmp_path / "whole"))
+    assert all(name.startswith("step-") for name in names(tmp_path / "kept"))
+
+
+KILLED = """
+import os, signal
+from scvae.inference.svi import Run
+real = Run.advance
+def advance(self, pace):
+    where = self.step.taken, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if os.environ["KILL"] and where == (22, "1", "0"):
+        os.kill(os.getpid(), int(os.environ["KILL"]))
+    real(self, pace)
+Run.advance = advance
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_of_several_processes_one_that_is_killed_is_started_again(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    (tmp_path / "command.py").write_text(KILLED + QUICK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += ["--monitor-interval=0.1", "command.py", "fit", "cells.h5ad", "--max-epochs", "20", "--quiet"]
+
+    def fit(kill, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill}
+        done = subprocess.run(
+            [*torchrun, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    fit("", "--model", "whole")
+    fit("9", "--model", "model", "--checkpoint", "kept", "--resume")
     assert_same(scvae.load(tmp_path / "model"), scvae.load(tmp_path / "whole"))
     assert all(name.startswith("step-") for name in names(tmp_path / "kept"))
