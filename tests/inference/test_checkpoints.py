@@ -409,6 +409,29 @@ def test_a_checkpoint_is_a_file_that_others_can_open(adata, tmp_path):
     assert content["run"]["taken"] == 30
 
 
+def test_cells_that_are_read_from_a_file_come_in_the_same_order(quick, stopped_after, monkeypatch, tmp_path):
+    cells = scvae.datasets.simulated_batches(n_cells=1500, n_genes=24, library_size=50, seed=3)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    given = {**OPTIONS, "max_epochs": None, "min_steps": 60, "max_steps": 60, "batch_size": 8, "memory": 100_000}
+    kinds = []
+    real = Checkpoints.belong_to
+
+    def belong_to(self, program, cells, *rest):
+        kinds.append(type(cells).__name__)
+        real(self, program, cells, *rest)
+
+    whole = scvae.fit(tmp_path / "cells.h5ad", **given)
+    monkeypatch.setattr(Checkpoints, "belong_to", belong_to)
+    with monkeypatch.context():
+        killed = stopped_after(33)
+        with pytest.raises(killed):
+            scvae.fit(tmp_path / "cells.h5ad", checkpoint=tmp_path / "kept", **given)
+    monkeypatch.undo()
+    model = scvae.fit(tmp_path / "cells.h5ad", checkpoint=tmp_path / "kept", resume=True, **given)
+    assert_same(model, whole)
+    assert kinds == ["StoredCells"]
+
+
 # ---- Signals -----------------------------------------------------------------------------------------------
 
 
