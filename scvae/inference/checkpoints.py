@@ -190,7 +190,10 @@ class Checkpoints:
             self._write(run)
             return
         run.ranks.copy_first(list(tensors.values()))
-        run.restore(state, tensors)
+        try:
+            run.restore(state, tensors)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"What is in {self.folder} is no checkpoint that scvae wrote ({error}).") from error
 
     def goes_on(self, run: Run) -> bool:
         """Write a checkpoint after a step, where one is due; return whether the training is to go on.
