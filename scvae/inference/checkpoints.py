@@ -188,7 +188,12 @@ class Checkpoints:
             raise ValueError(fault)
         if state is None:
             self._write(run)
-            return
+        else:
+            self._restore(run, state, tensors)
+        self.met, self.met_at, self.meeting = run.step.taken, perf_counter(), run.step.taken + 1
+
+    def _restore(self, run: Run, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take a training up where it was, as the first process has read it."""
         run.ranks.copy_first(list(tensors.values()))
         try:
             run.restore(state, tensors)
