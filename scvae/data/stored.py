@@ -173,6 +173,10 @@ class StoredCells(Cells):
         """Return the rows in the store of the cells of a minibatch."""
         return self.place[rows]
 
+    def digest(self, exactly: bool = True) -> str:
+        """Return a checksum of all that the cells hold, whether they are in the window or not."""
+        return self.store.digest
+
     @cached_property
     def _labelled(self) -> np.ndarray:
         """Rows in the store of the first cells that have a label; in an order drawn at random, they stand for all."""

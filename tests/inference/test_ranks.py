@@ -20,6 +20,8 @@ from scvae.boundary import ranks
 from scvae.boundary.process import device_of, seeded, unchecked
 from scvae.boundary.ranks import Ranks
 from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import cells_of
 from scvae.inference import svi
 from scvae.modules.posteriors import POSTERIORS
 from scvae.modules.priors import PRIORS
@@ -184,6 +186,21 @@ def test_every_cell_of_a_file_comes_once_in_a_pass_over_all_processes(n_ranks, t
     assert sorted(row for share in shares for rows, _ in share for row in rows) == list(range(83))
     for parts in zip(*shares, strict=True):
         assert {drawn for _, drawn in parts} == {sum(len(rows) for rows, _ in parts)}
+
+
+def test_the_checksum_of_cells_in_a_file_is_of_all_of_them_and_of_nothing_else(tmp_path):
+    """What is in the window, and what was in that memory before, does not matter."""
+    digests = []
+    for name, last in (("cells", 0), ("same", 0), ("other", 1)):
+        adata = one.data(n=600)
+        adata.X = adata.X.toarray()
+        adata.X[-1, 0] += last
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+        store = shuffled(tmp_path / f"{name}.h5ad", check_counts=True)
+        digests += [cells_of(store, "cpu", memory, 16).digest() for memory in (200_000, 2_000_000)]
+    assert len(set(digests[:4])) == 1
+    assert len(set(digests[4:])) == 1
+    assert digests[4] != digests[0]
 
 
 def test_one_process_makes_the_store_of_a_file_for_all(several, tmp_path):
