@@ -179,11 +179,6 @@ class Store:
         """Close the file; nothing can be read any more."""
         self._file.close()
 
-    @property
-    def digest(self) -> str:
-        """Checksum of all that the cells hold, in their order."""
-        return hashlib.sha256(self._checksums.tobytes()).hexdigest()
-
     def buffers(self, n_cells: int, n_nonzeros: int) -> Rows:
         """Return arrays for so many cells that have so many non-zeros, of the types in which the store has them."""
 

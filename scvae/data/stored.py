@@ -165,17 +165,13 @@ class StoredCells(Cells):
             most = np.sort(np.concatenate([most, lengths]))[-n:]
         return int(most.sum())
 
-    def digest(self) -> str:
+    def digest(self, exactly: bool = True) -> str:
         """Return a checksum of what the cells hold, and how many are in the window, on which the order depends."""
         return f"{self.store.digest}, {self.capacity}"
 
     def origin(self, rows: Tensor) -> Tensor:
         """Return the rows in the store of the cells of a minibatch."""
         return self.place[rows]
-
-    def digest(self, exactly: bool = True) -> str:
-        """Return a checksum of all that the cells hold, whether they are in the window or not."""
-        return self.store.digest
 
     @cached_property
     def _labelled(self) -> np.ndarray:
