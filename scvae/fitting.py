@@ -66,6 +66,8 @@ def fit(
 ) -> Fitted:
     """Fit a generative model to raw counts, and write the cells' latent coordinates to the AnnData.
 
+    The processes that ``torchrun`` started train one model together: each has to make the same call, and gets the same.
+
     Parameters
     ----------
     adata
@@ -173,8 +175,9 @@ def fit(
         If a layer or column is missing.
     ValueError
         If the counts or covariates cannot be modelled, the message naming the first cells or genes at fault; if an
-        option is out of its range; if what is to be written would overwrite something of the user's; or if the
-        checkpoints are of other data, of another training or of another version of the package, or cannot be read.
+        option is out of its range; if what is to be written would overwrite something of the user's; if the
+        checkpoints are of other data, of another training or of another version of the package, or cannot be read; or
+        if several processes were not given the same, or are too many for `batch_size`.
     OSError
         If the folder of checkpoints is not empty and `resume` is not set, cannot be written to, or another training
         writes to it.

@@ -372,10 +372,15 @@ class Cells:
         """Return the rows, in the data as they were given, of the cells of a minibatch."""
         return rows
 
-    def digest(self) -> str:
-        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another."""
+    def digest(self, exactly: bool = True) -> str:
+        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another.
+
+        Unless `exactly` is set, covariates that are numbers do not matter, which another processor rounds otherwise.
+        """
         found = hashlib.sha256()
-        given = (self.offsets, self.genes, self.values, self.codes, self.continuous, self.size_factor, self.y)
+        given = [self.offsets, self.genes, self.values, self.codes, self.y]
+        if exactly:
+            given += [self.continuous, self.size_factor]
         for tensor in given:
             for part in () if tensor is None else tensor.flatten().split(_BLOCK):
                 found.update(part.cpu().numpy())

@@ -165,7 +165,7 @@ class StoredCells(Cells):
             most = np.sort(np.concatenate([most, lengths]))[-n:]
         return int(most.sum())
 
-    def digest(self) -> str:
+    def digest(self, exactly: bool = True) -> str:
         """Return a checksum of what the cells hold, and how many are in the window, on which the order depends."""
         return f"{self.store.digest}, {self.capacity}"
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -556,17 +556,12 @@ def _facts(program: Program, cells: Cells, training: Training, seed: int) -> dic
     return {
         "the number of cells": len(cells),
         "the number of genes": cells.n_genes,
-        "the genes and keys, by a checksum": zlib.crc32(known.encode()),
-        "the cells, by a checksum": _checksum(cells.library_size),
-        "their covariates, by a checksum": _checksum(cells.codes),
+        "the genes and keys, by a checksum": hashlib.sha256(known.encode()).hexdigest(),
+        "the cells, by a checksum": cells.digest(exactly=False),
         "the program": f"{program.name} {program.options}",
         "the training": str(training),
         "the seed": seed,
     }
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.cpu().numpy().tobytes())
 
 
 def _fault(step: Step, recent: Sequence[Tensor], ranks: Ranks = ALONE) -> NonFiniteLoss:

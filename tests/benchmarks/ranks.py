@@ -17,7 +17,7 @@ import subprocess
 import sys
 from time import perf_counter
 
-N_CELLS, N_GENES = 8000, 2000
+N_CELLS, N_GENES = 4000, 2000
 
 
 def measured(size: int, n_steps: int) -> None:

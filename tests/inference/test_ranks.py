@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from multiprocessing.connection import Listener
 from pathlib import Path
 
@@ -16,8 +17,15 @@ import torch
 
 import scvae
 from scvae.boundary import ranks
+from scvae.boundary.process import device_of, seeded, unchecked
+from scvae.boundary.ranks import Ranks
+from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import cells_of
+from scvae.inference import svi
 from scvae.modules.posteriors import POSTERIORS
 from scvae.modules.priors import PRIORS
+from scvae.programs import ZINB
 
 WORKER = Path(__file__).with_name("one_of_several.py")
 _spec = importlib.util.spec_from_file_location("one_of_several", WORKER)
@@ -180,6 +188,20 @@ def test_every_cell_of_a_file_comes_once_in_a_pass_over_all_processes(n_ranks, t
         assert {drawn for _, drawn in parts} == {sum(len(rows) for rows, _ in parts)}
 
 
+def test_the_checksum_of_cells_in_a_file_is_of_all_of_them_and_of_nothing_else(tmp_path):
+    """What is in the window, and what was in that memory before, does not matter."""
+    digests = []
+    for name, last in (("cells", 0), ("same", 0), ("other", 1)):
+        adata = one.data(n=600)
+        adata.X = adata.X.toarray()
+        adata.X[-1, 0] += last
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+        store = shuffled(tmp_path / f"{name}.h5ad", check_counts=True)
+        digests.append(cells_of(store, "cpu", 200_000, 16).digest())
+    assert digests[0] == digests[1]
+    assert digests[0] != digests[2]
+
+
 def test_one_process_makes_the_store_of_a_file_for_all(several, tmp_path):
     one.data().write_h5ad(tmp_path / "cells.h5ad")
     found = several("making_one_store", path=str(tmp_path / "cells.h5ad"))
@@ -266,3 +288,62 @@ def test_what_is_not_shared_is_refused_in_several_processes(monkeypatch, adata):
         monkeypatch.setenv(name, "2")
     with pytest.raises(ValueError, match="scvae.tune is the work of one process"):
         scvae.tune(adata)
+
+
+ON_GPU = pytest.param(
+    "cuda", "nccl", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ON_GPU])
+def test_a_group_of_one_process_takes_the_steps_of_one_without_a_group(adata, monkeypatch, device, backend):
+    """With the exchange in the recording, or in the CUDA graph; and the same noise."""
+    monkeypatch.setattr(svi.Run, "_draw_own_noise", lambda run: None)
+    where = torch.device(device)
+    cells = read_cells(adata, read_schema(adata, batch_key="batch"), device=where)
+
+    def trained(ranks):
+        with seeded(0, where), unchecked():
+            program = ZINB(cells.schema, n_latent=3, n_hidden=8).to(where)
+            program.initialise(cells)
+            program.train()
+            training = svi.Training(batch_size=32, min_steps=40, max_steps=40)
+            run = svi.Run(program, cells, training, ranks=ranks)
+            with closing(run):
+                for _ in range(30):
+                    run.advance(svi.Fixed())
+        assert run.step.capture is not None
+        assert run.step.replays
+        return run.history
+
+    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        group = torch.distributed.group.WORLD.group_name
+        history = trained(Ranks(0, 1, where, group))
+    finally:
+        torch.distributed.destroy_process_group()
+    tolerance = 0 if device == "cpu" else 1e-3  # there no sum is the same twice
+    for mine, its in zip(history, trained(ranks.ALONE), strict=True):
+        assert mine["elbo"] == pytest.approx(its["elbo"], rel=tolerance, abs=0)
+
+
+@pytest.fixture
+def one_of_two(monkeypatch):
+    """The second of two processes on a machine with GPUs, as torchrun tells it."""
+    told = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    return monkeypatch
+
+
+def test_each_process_has_a_gpu_of_its_own(one_of_two):
+    assert device_of("auto") == device_of("cuda") == torch.device("cuda:1")
+    assert device_of("cuda:0") == torch.device("cuda:0")
+    assert device_of("cpu") == torch.device("cpu")
+    one_of_two.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="Process 1 of this machine has no GPU of its own, torch sees 1"):
+        device_of("auto")
+    one_of_two.delenv("MASTER_ADDR")  # whoever set the others, it was not torchrun
+    assert device_of("auto") == torch.device("cuda")
