@@ -49,7 +49,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     adata = scvae.datasets.simulated_batches(n_cells=60, n_genes=12, n_batches=2, library_size=100, seed=0)
     print(
-        "| fits | resident memory, MiB | open files | threads | tensors | objects |\n| --- | --- | --- | --- | --- | --- |"
+        "| fits | resident memory, MiB | open files | threads | tensors | objects |\n"
+        "| --- | --- | --- | --- | --- | --- |"
     )
     with tempfile.TemporaryDirectory() as name:
         for i in range(1, n + 1):
