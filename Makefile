@@ -1,10 +1,11 @@
-# make demo    install and run the demonstration on 700 blood cells
+# make demo    install and run the demonstration: five cell lines in three experiments
 # make test    install and run the tests, with line coverage
 # make test-lowest
 #              the tests with the lowest versions that pyproject.toml admits, for Python 3.11
 # make lint    ruff and mypy
 # make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
 # make docs    build the documentation into docs/_build
+# make dist    build the wheel and the source archive, check them, and run the demonstration from the wheel alone
 # make clean   remove everything that make made
 #
 # Needs only python >= 3.11; choose another one with `make demo PYTHON=python3.13`.
@@ -16,10 +17,10 @@ BIN := $(VENV)/bin
 # is told otherwise: make test-lowest TORCH=2.6.0.
 TORCH ?= $(patsubst torch==%,%,$(shell grep '^torch==' constraints.txt))
 
-.PHONY: demo test test-lowest lint bench docs clean
+.PHONY: demo test test-lowest lint bench docs dist clean
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/scvae demo
+	$(BIN)/scvae demo --overwrite
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --cov --cov-report term-missing:skip-covered
@@ -38,8 +39,17 @@ bench: $(VENV)/.installed-dev $(VENV)-peers/.installed
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
 
+# The wheel is installed where nothing of the repository is, and run in a folder where nothing is.
+dist: $(VENV)-dist/.installed
+	rm -rf dist
+	$(VENV)-dist/bin/python -m build --no-isolation
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install -c constraints.txt "$$(echo dist/*.whl)[demo]"
+	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/$(VENV)-wheel/bin/scvae demo && rm -r $$folder
+
 clean:
-	rm -rf $(VENV) $(VENV)-lowest $(VENV)-peers build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-lowest $(VENV)-peers $(VENV)-wheel build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -58,6 +68,11 @@ $(VENV)-peers/.installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install $(shell grep -h '^torch==' constraints.txt)
 	$(VENV)-peers/bin/python -m pip install scvi-tools==1.4.2 scanpy harmonypy scib-metrics
+	touch $@
+
+$(VENV)-dist/.installed: constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install -c constraints.txt build hatch-fancy-pypi-readme hatchling twine
 	touch $@
 
 .PRECIOUS: $(VENV)/.installed-% $(VENV)-lowest/.installed-%

@@ -26,8 +26,8 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit code 1 is for bad input, 2 for wrong usage, 130 for an interruption (Ctrl-C), 128 and its number for another
-    signal.
+    Exit code 1 is for bad input, 2 for wrong usage, 130 for an interruption (Ctrl-C), 75 for another signal where the
+    same command with ``--resume`` goes on, and else 128 and the number of the signal.
 
     Raises
     ------

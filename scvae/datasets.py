@@ -1,6 +1,6 @@
 """Small real and simulated data, and well-known public sets by download.
 
-:func:`pbmc68k` and :func:`simulated_batches` work offline. :func:`pbmc3k`, :func:`bone_marrow` and
+:func:`cell_lines`, :func:`pbmc68k` and :func:`simulated_batches` work offline. :func:`pbmc3k`, :func:`bone_marrow` and
 :func:`lymph_node` fetch a public file once, check it against its published SHA-256 and keep it in the
 user's cache folder; they need the extra ``datasets``: ``pip install "scvae-pyro[datasets]"``.
 
@@ -18,7 +18,43 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.special import expit, logit, softmax
 
-__all__ = ["bone_marrow", "lymph_node", "pbmc3k", "pbmc68k", "simulated_batches"]
+__all__ = ["bone_marrow", "cell_lines", "lymph_node", "pbmc3k", "pbmc68k", "simulated_batches"]
+
+
+def cell_lines() -> AnnData:
+    """Raw counts of 796 cells of five human lung cancer lines, in three experiments, offline.
+
+    A batch effect of which the truth is known: cells of the same lines went through three experiments, two by CEL-seq2
+    and one by Drop-seq, and the genotype of each cell tells its line. Three of the lines are in all three experiments,
+    and two, A549 and H838, in one of them. The genes are the 2,000 that vary most within the experiments.
+
+    Returns
+    -------
+    AnnData
+        796 cells × 2,000 genes. ``.obs``: ``batch``, the experiment (``celseq2``, ``celseq2_5cl_p1``, ``dropseq``);
+        ``cell_line`` (A549, H1975, H2228, H838, HCC827); ``doublet``, whether the genotypes are of two lines, as of a
+        quarter of the cells, whose ``cell_line`` is one of the two; ``split``, a fixed one: 717 cells to fit a model
+        to (``train``) and 79 to judge it by (``test``). ``.var_names`` are Ensembl ids.
+
+    References
+    ----------
+    Tian et al. (2019), Benchmarking single cell RNA-sequencing analysis pipelines using mixture control experiments,
+    Nature Methods 16:479; GSE118767. The tables are those of https://github.com/LuyiTian/sc_mixology (MIT License,
+    © 2018 Luyi Tian).
+
+    Examples
+    --------
+    >>> import scvae
+    >>> adata = scvae.datasets.cell_lines()
+    >>> adata.shape, list(adata.obs["batch"].cat.categories)
+    ((796, 2000), ['celseq2', 'celseq2_5cl_p1', 'dropseq'])
+    """
+    import anndata
+
+    shipped = Path(__file__).parent / "data" / "cell_lines.h5ad"
+    if not shipped.exists():  # it is put there when the package is built, and lies beside the package in a checkout
+        shipped = Path(__file__).parents[1] / "data" / "cell_lines.h5ad"
+    return _raw_counts(anndata.read_h5ad(shipped))
 
 
 def pbmc68k() -> AnnData:

@@ -66,6 +66,8 @@ def fit(
 ) -> Fitted:
     """Fit a generative model to raw counts, and write the cells' latent coordinates to the AnnData.
 
+    The processes that ``torchrun`` started train one model together: each has to make the same call, and gets the same.
+
     Parameters
     ----------
     adata
@@ -173,8 +175,9 @@ def fit(
         If a layer or column is missing.
     ValueError
         If the counts or covariates cannot be modelled, the message naming the first cells or genes at fault; if an
-        option is out of its range; if what is to be written would overwrite something of the user's; or if the
-        checkpoints are of other data, of another training or of another version of the package, or cannot be read.
+        option is out of its range; if what is to be written would overwrite something of the user's; if the
+        checkpoints are of other data, of another training or of another version of the package, or cannot be read; or
+        if several processes were not given the same, or are too many for `batch_size`.
     OSError
         If the folder of checkpoints is not empty and `resume` is not set, cannot be written to, or another training
         writes to it.
@@ -242,14 +245,14 @@ def fit(
         "check_counts": check_counts,
     }
     is_first = rank_here() == 0  # of several processes, one speaks and writes
-    with checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
+    with ranks_of(where) as ranks, checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
         stored = None
         if tables is None:
             schema = read_schema(adata, **how)
         else:
             bar = partial(Progress, disable=not (progress and is_first))
             how |= {"store": store, "n_top_genes": n_top_genes, "memory": budget, "seed": seed, "progress": bar}
-            stored = shuffled(adata, **how)
+            stored = ranks.in_turn(partial(shuffled, adata, **how))  # which the first one makes
             schema = stored.schema
         with alone(seed, where, gradient=True):
             made = kind(schema, **options)
@@ -266,10 +269,9 @@ def fit(
             if progress and is_first:
                 _say_what_is_fitted(made, cells, (adata if tables is None else tables).n_vars, mask_var)
             try:
-                with ranks_of(where) as ranks:
-                    if checkpoints is not None:
-                        checkpoints.belong_to(made, cells, training, seed, ranks)
-                    course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
+                if checkpoints is not None:
+                    checkpoints.belong_to(made, cells, training, seed, ranks)
+                course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
                 names = ", ".join(_names_of(error.rows[:5], adata, stored))
                 error.args = (

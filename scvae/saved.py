@@ -20,7 +20,7 @@ from scvae.data.cells import Schema
 from scvae.inference.svi import Course
 from scvae.programs import PROGRAMS, Program
 
-__all__ = ["content_of", "model_of", "schema_of"]
+__all__ = ["content_of", "model_of"]
 
 _LONGEST = 300  # letters of a reason, which may quote what the file holds
 
@@ -63,7 +63,7 @@ def model_of(
     if kind is None or kind.name != name:
         raise ValueError(f"{path} holds the program {_short(repr(name))}: pass its class, program=….")
     with _reasons(path):
-        schema = schema_of(_text_keys("schema", _of("schema", parts, dict)))
+        schema = Schema.of(_text_keys("schema", _of("schema", parts, dict)))
         course = _course(_text_keys("course", _of("course", parts, dict)))
         training = _text_keys("training", _of("training", parts, dict))
         for each in (options, training):
@@ -132,78 +132,3 @@ def _course(content: dict[str, Any]) -> Course:
             raise ValueError(f"its {name} is {content[name]!r}")
     one_of("stopped", content["stopped"], ("converged", "finished", "interrupted"))
     return Course(**{**content, "history": pd.DataFrame(history)})
-
-
-# ---- The schema --------------------------------------------------------------------------------------------
-
-
-def schema_of(content: dict[str, Any]) -> Schema:
-    """Return the schema that JSON describes, checked.
-
-    Raises
-    ------
-    KeyError, TypeError, ValueError
-        If it is none.
-    """
-    for name in ("categories", "continuous"):
-        _of(name, content, list)
-    schema = Schema.of(content)
-    _check_schema(schema)
-    return schema
-
-
-def _check_schema(schema: Schema) -> None:
-    found = vars(schema)
-    one_of("kind", schema.kind, ("counts", "real", "unit"))
-    _check_names("genes", schema.genes)
-    if not schema.genes:
-        raise ValueError("it models no genes")
-    _check_names("labels", schema.labels)
-    for name in ("layer", "use_rep", "image_key", "unlabeled"):
-        _each_is([found[name]], (str, type(None)), f"its {name} is a name")
-    for name in ("size_factor_key", "labels_key"):
-        _each_is([found[name]], (str, int, type(None)), f"its {name} is a name")
-    _each_is([schema.check_counts], bool, "its check_counts is True or False")
-    _each_is([schema.n_labelled], int, "its n_labelled is a whole number")
-    if not 0 <= schema.n_labelled < 2**63:
-        raise ValueError(f"its n_labelled is {_short(str(schema.n_labelled))}")
-    if (schema.image_key is None) != (schema.image_shape is None):
-        raise ValueError("image_key and image_shape are given together")
-    if schema.image_shape is not None:
-        shape = _tuple("image_shape", schema.image_shape)
-        _each_is(shape, int, "its image_shape is of whole numbers")
-        if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) != len(schema.genes):
-            raise ValueError(f"its images are of shape {_short(str(shape))}, and have {len(schema.genes)} pixels")
-    for key, names in schema.categories.items():
-        _check_key(key)
-        several = len(key) if isinstance(key, tuple) else 0
-        for name in _tuple("categories", names):
-            _each_is(name if several and isinstance(name, tuple) else [name], str, "its categories are names")
-            if several and (not isinstance(name, tuple) or len(name) != several):
-                raise ValueError(f"its categories of {several} columns are not of {several} names")
-        if not names or len(set(names)) < len(names):
-            raise ValueError("its categories are none, or some are there twice")
-    if schema.batch_key is not None and next(iter(schema.categories), None) != schema.batch_key:
-        raise ValueError("its batches have no names")
-    for key, moments in schema.continuous.items():
-        _check_key(key)
-        _each_is(_tuple("continuous", moments), (int, float), "its continuous covariates have a mean and a deviation")
-        if len(moments) != 2 or not all(map(math.isfinite, moments)) or moments[1] <= 0:
-            raise ValueError("its continuous covariates have a finite mean and a deviation above 0")
-
-
-def _tuple(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, tuple):
-        raise ValueError(f"its {name} is no list")
-    return value
-
-
-def _check_names(name: str, names: Any) -> None:
-    _each_is(_tuple(name, names), str, f"its {name} are names")
-    if len(set(names)) < len(names):
-        raise ValueError(f"some of its {name} are there twice")
-
-
-def _check_key(key: Any) -> None:
-    columns = key if isinstance(key, tuple) else (key,)
-    _each_is(columns, (str, int), "its covariates are columns")

@@ -414,9 +414,11 @@ def test_an_output_that_is_there_is_refused_unless_told(run, cells, no_work, tmp
         assert (tmp_path / name).read_text() == "mine"
     folder = tmp_path / "scvae_demo"
     folder.mkdir()
-    (folder / "umap.png").write_text("mine")
-    code, _, err = run("demo")
-    assert (code, "umap.png exists" in err) == (1, True)
+    for name in ("umap.png", "cell_lines.h5ad", "model"):
+        (folder / name).write_text("mine")
+        code, _, err = run("demo")
+        assert (code, f"{name} exists" in err) == (1, True)
+        (folder / name).unlink()
 
 
 def test_a_folder_of_other_things_is_refused_for_a_model_before_training(run, cells, no_work, tmp_path):

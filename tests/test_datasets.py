@@ -1,5 +1,6 @@
 """The data sets hold what they promise: integer counts, known truth, verified downloads."""
 
+import gzip
 import importlib.util
 import sys
 import threading
@@ -20,6 +21,7 @@ from scipy.special import softmax
 import scvae.datasets as datasets
 
 DATA = Path(__file__).parents[1] / "data"
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "cell_lines.h5ad"
 
 
 def is_raw_counts(adata):
@@ -29,6 +31,76 @@ def is_raw_counts(adata):
     assert (adata.X.data > 0).all()
     assert (adata.X.data == np.rint(adata.X.data)).all()
     return True
+
+
+def script(name):
+    """A script beside the data, as a module."""
+    spec = importlib.util.spec_from_file_location(name, DATA / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- five lines in three experiments -----------------------------------------------------------------------
+
+
+def test_cell_lines_are_raw_counts_of_known_cells():
+    adata = datasets.cell_lines()
+    assert adata.shape == (796, 2000)
+    assert is_raw_counts(adata)
+    assert adata.obs["batch"].value_counts().to_dict() == {"celseq2_5cl_p1": 297, "celseq2": 274, "dropseq": 225}
+    assert list(adata.obs["cell_line"].cat.categories) == ["A549", "H1975", "H2228", "H838", "HCC827"]
+    assert adata.obs["doublet"].sum() == 190
+    assert adata.obs["split"].value_counts().to_dict() == {"train": 717, "test": 79}
+    assert adata.obs_names.is_unique
+    assert adata.var_names.is_unique
+    assert adata.var_names.str.fullmatch(r"ENSG\d{11}").all()
+
+
+def test_cell_lines_are_small_integers_in_a_small_file():
+    path = DATA / "cell_lines.h5ad"
+    assert path.stat().st_size < 1_500_000
+    with h5py.File(path) as file:
+        assert file["X/data"].dtype == np.uint16
+
+
+def test_cell_lines_are_found_within_an_installed_package(monkeypatch, tmp_path):
+    (tmp_path / "scvae" / "data").mkdir(parents=True)
+    (tmp_path / "scvae" / "data" / "cell_lines.h5ad").write_bytes((DATA / "cell_lines.h5ad").read_bytes())
+    monkeypatch.setattr(datasets, "__file__", str(tmp_path / "scvae" / "datasets.py"))
+    assert datasets.cell_lines().n_obs == 796
+
+
+def test_cell_lines_can_be_fitted_from_the_file_itself(fit):
+    adata = anndata.read_h5ad(DATA / "cell_lines.h5ad")
+    assert fit(adata[::10].copy(), batch_key="batch").genes == list(datasets.cell_lines().var_names)
+
+
+def test_the_published_tables_are_put_together(tmp_path):
+    """The tables are genes × cells, with the names of the cells first or with nothing above those of the genes."""
+    genes = {"sc_celseq2": ["E1", "E2", "E3"], "sc_dropseq": ["E3", "E2"], "sc_celseq2_5cl_p1": ["E2", "E4", "E3"]}
+    for k, (name, names) in enumerate(genes.items()):
+        counts = pd.DataFrame(np.arange(2 * len(names)).reshape(-1, 2) + 10 * k, names, ["c1", "c2"])
+        text = counts.to_csv()
+        (tmp_path / f"{name}.count.csv.gz").write_bytes(gzip.compress(text[k == 0 :].encode()))
+        cells = pd.DataFrame({"cell_line": ["A", "B"], "demuxlet_cls": ["SNG", "DBL"], "other": 0}, ["c2", "c1"])
+        cells.to_csv(tmp_path / f"{name}.metadata.csv.gz")
+    adata = script("make_cell_lines").read(tmp_path)
+    assert list(adata.var_names) == ["E2", "E3"]
+    assert list(adata.obs_names[:3]) == ["celseq2-c1", "celseq2-c2", "dropseq-c1"]
+    assert adata.X.toarray().tolist() == [[2, 4], [3, 5], [12, 10], [13, 11], [20, 24], [21, 25]]
+    assert adata.obs["cell_line"].tolist() == ["B", "A"] * 3
+    assert adata.obs["doublet"].tolist() == [True, False] * 3
+    assert adata.obs["batch"].tolist() == ["celseq2"] * 2 + ["dropseq"] * 2 + ["celseq2_5cl_p1"] * 2
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the cells with all their genes are not beside the checkout")
+def test_the_shipped_cells_are_what_the_script_makes_of_all_their_genes():
+    pytest.importorskip("skmisc")
+    made, shipped = script("make_cell_lines").make(anndata.read_h5ad(SHARED)), datasets.cell_lines()
+    assert (made.X != shipped.X).nnz == 0
+    pd.testing.assert_frame_equal(made.obs, shipped.obs)
+    assert list(made.var_names) == list(shipped.var_names)
 
 
 # --- 700 blood cells ---------------------------------------------------------------------------------------
@@ -213,12 +285,9 @@ def test_one_gene_one_type_one_batch():
 
 
 def test_the_shipped_file_is_what_its_script_makes():
-    spec = importlib.util.spec_from_file_location("make_simulated", DATA / "make_simulated.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     path = DATA / "simulated_small.h5ad"
     assert path.stat().st_size < 300_000
-    shipped, made = anndata.read_h5ad(path), script.make()
+    shipped, made = anndata.read_h5ad(path), script("make_simulated").make()
     assert (shipped.X != made.X).nnz == 0
     pd.testing.assert_frame_equal(shipped.obs, made.obs)
     pd.testing.assert_frame_equal(shipped.var, made.var)

@@ -1,4 +1,4 @@
-"""Cells in files are fitted, embedded and denoised as those in memory are, and results are written whole or not at all."""
+"""Cells in files are fitted and embedded as those in memory are, and results are written whole or not at all."""
 
 import anndata
 import numpy as np

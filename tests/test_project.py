@@ -12,10 +12,11 @@ import pytest
 import scvae
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 PAGES = [
-    ROOT / name
-    for name in ("README.md", "CHANGELOG.md", "data/README.md", "docs/index.md", "docs/model.md", "docs/mapping.md")
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "data/README.md")),
+    *(ROOT / "docs" / name for name in ("index.md", "model.md", "mapping.md")),
 ]
 
 
@@ -40,7 +41,40 @@ def test_import_waits_for_torch_until_something_is_asked_for():
 
 def test_the_version_is_that_of_the_project():
     assert scvae.__version__ == PROJECT["version"]
-    assert f"## [{scvae.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    (date,) = re.findall(
+        rf"^## \[{scvae.__version__}\] - (\d{{4}}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    citation = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {scvae.__version__}", f"date-released: {date}"} <= set(citation)
+
+
+def test_the_project_has_one_address():
+    home = PROJECT["urls"]["Repository"]
+    name = home.removeprefix("https://github.com/")
+    texts = [path.read_text() for path in ROOT.glob("*.*") if path.suffix in (".md", ".toml", ".cff")]
+    texts += [path.read_text() for path in (ROOT / ".github").rglob("*.yml")]
+    found = set(re.findall(r"github(?:usercontent)?\.com/([\w-]+/scvae[\w-]*)", "\n".join(texts)))
+    assert found == {name}
+
+
+def test_links_and_pictures_of_the_readme_lead_somewhere_from_the_package_index():
+    text = (
+        ROOT / "README.md"
+    ).read_text() + '<img alt="a" src="docs/demo.png"> ![a](docs/demo.png) [b](LICENSE) [c](#use)'
+    for each in PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(each["pattern"], each["replacement"].replace("$HFPR_VERSION", scvae.__version__), text)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    raw = f"https://raw.githubusercontent.com/scvae-pyro/scvae-pyro/v{scvae.__version__}/docs/demo.png"
+    assert targets.count(raw) >= 2
+    assert f"[b]({PROJECT['urls']['Repository']}/blob/v{scvae.__version__}/LICENSE)" in text
+    assert "[c](#use)" in text
+
+
+def test_the_extra_for_all_brings_every_other_that_a_user_may_want():
+    (everything,) = PROJECT["optional-dependencies"]["all"]
+    brought = set(re.fullmatch(r"scvae-pyro\[([\w,]+)\]", everything)[1].split(","))
+    assert brought == set(PROJECT["optional-dependencies"]) - {"all", "dev", "docs"}
 
 
 def test_every_public_name_is_there_and_documented():
@@ -83,7 +117,7 @@ def release(version):
 
 def test_the_extra_for_development_brings_what_the_tests_import():
     groups = PROJECT["optional-dependencies"]
-    brought = names(PROJECT["dependencies"]).union(names(groups["dev"]), names(groups["demo"]))
+    brought = names(PROJECT["dependencies"]).union(*(names(groups[group]) for group in ("dev", "demo", "workflow")))
     brought |= (
         names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-__all__ = ["are_files", "check_anndata"]
+__all__ = ["are_files", "check_anndata", "check_indices", "check_pointers", "check_sparse"]
 
 
 def are_files(cells: Any) -> bool:
@@ -35,6 +36,78 @@ def check_anndata(adata: Any, *, to_write: bool = False) -> None:
         raise TypeError("adata was read lazily, and its columns are not in memory: pass adata.to_memory().")
     if to_write and adata.isbacked and adata.is_view:
         raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+
+
+def check_sparse(matrix: Any, where: str, names: Sequence[Any] | None = None) -> None:
+    """Refuse a CSR or CSC matrix that is none: whose indices compiled code would follow out of its memory.
+
+    Parameters
+    ----------
+    matrix
+        In memory.
+    where
+        What it is called in a message.
+    names
+        Of the rows; of the columns of a CSC.
+
+    Raises
+    ------
+    ValueError
+        If it is none; the message names the first row.
+    """
+    n_rows, n_columns = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
+    check_pointers(matrix.indptr, n_rows, min(len(matrix.data), len(matrix.indices)), where, names)
+    check_indices(matrix.indices, matrix.indptr, n_columns, where, names)
+
+
+def check_pointers(
+    indptr: np.ndarray, n_rows: int, n_stored: int, where: str, names: Sequence[Any] | None = None
+) -> None:
+    """Refuse pointers to the rows of a CSR matrix that do not rise from 0 to the number of values that are stored.
+
+    Raises
+    ------
+    ValueError
+        If they do not; the message names the first row.
+    """
+    if indptr.ndim != 1 or indptr.dtype.kind not in "iu" or len(indptr) != n_rows + 1:
+        raise ValueError(
+            f"{where} is damaged: it has {n_rows:,} rows, and pointers {indptr.dtype}{list(indptr.shape)}."
+        )
+    wrong = (indptr[1:] < indptr[:-1]) | (indptr[1:] > n_stored) | (indptr[:-1] < 0)
+    if n_rows and indptr[0] != 0:
+        wrong[0] = True
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(
+            f"{where} is damaged in row {_row(row, names)}, whose values would be those from {indptr[row]:,} to "
+            f"{indptr[row + 1]:,} of {n_stored:,}."
+        )
+
+
+def check_indices(
+    indices: np.ndarray, indptr: np.ndarray, n_columns: int, where: str, names: Sequence[Any] | None = None
+) -> None:
+    """Refuse indices of a CSR matrix that lie beyond its columns; the pointers are right.
+
+    Raises
+    ------
+    ValueError
+        If there are any; the message names the first row.
+    """
+    if indices.ndim != 1 or indices.dtype.kind not in "iu":
+        raise ValueError(f"{where} is damaged: its indices are {indices.dtype}{list(indices.shape)}.")
+    used = indices[: indptr[-1]]
+    if len(used) and (used.min() < 0 or used.max() >= n_columns):
+        k = int(((used < 0) | (used >= n_columns)).argmax())
+        row = int(np.searchsorted(indptr, k, side="right")) - 1
+        raise ValueError(
+            f"{where} is damaged in row {_row(row, names)}, which has a value in column {used[k]:,} of {n_columns:,}."
+        )
+
+
+def _row(row: int, names: Sequence[Any] | None) -> str:
+    return f"{row:,}" if names is None else f"{row:,} ({str(names[row])!r})"
 
 
 def _a(thing: Any) -> str:

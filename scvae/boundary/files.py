@@ -12,6 +12,7 @@ A file that stands for itself, such as a checkpoint, has the checksum of its con
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
@@ -30,6 +31,7 @@ __all__ = [
     "alone",
     "check_model",
     "check_output",
+    "memory",
     "own_folder",
     "read_checked",
     "read_model",
@@ -93,7 +95,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
         If it cannot be written, or something is there that may not be replaced; what was there is as it was.
     """
     place = _place(path)
-    with _telling(path), _beside(place, Path(path).suffix) as part, _beside(place, Path(path).suffix) as old:
+    with _telling(path), _beside(place, Path(path).suffix) as part:
         write(part)
         for folder, _, names in os.walk(part):
             for name in names:
@@ -102,13 +104,9 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
         if place.is_dir() and os.name == "nt" and not overwrite:
             place.rmdir()  # an empty one, which other systems replace
         if place.is_dir() and overwrite:
-            os.rename(place, old)
-        try:
+            _exchange(part, place)  # and what was there goes
+        else:
             os.rename(part, place)
-        except OSError:
-            if old.is_dir():
-                os.rename(old, place)
-            raise
     _flush_folder_of(place)
 
 
@@ -219,7 +217,7 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
         if (name := _weights_of(file)) is None:
             raise _damaged(path)
         try:
-            weights = _read(path / name, _memory())
+            weights = _read(path / name, memory())
         except FileNotFoundError:
             if description == before:
                 raise FileNotFoundError(f"{path} holds no scvae model: {name} is missing.") from None
@@ -229,6 +227,14 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
     if file.get("sha256") != {"weights": _digest(weights), "content": _digest(canonical)}:
         raise _damaged(path)
     return content, weights
+
+
+def memory() -> int:
+    """Return how many bytes the memory of the machine has, as far as that is known."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # other systems
+        return sys.maxsize
 
 
 def write_checked(folder: Path, stem: str, suffix: str, content: bytes) -> Path:
@@ -476,10 +482,14 @@ def _relation(place: Path, source: Path) -> str | None:
     return "holds" if place in other.parents else None
 
 
+def _part_beside(place: Path, suffix: str) -> Path:
+    return place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
+
+
 @contextmanager
 def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a name in the same folder; after the block nothing has it."""
-    part = place.parent / f".scvae-{secrets.token_hex(8)}.part{suffix}"
+    part = _part_beside(place, suffix)
     try:
         yield part
     finally:
@@ -488,6 +498,30 @@ def _beside(place: Path, suffix: str = "") -> Iterator[Path]:
         else:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def _exchange(part: Path, place: Path) -> None:
+    """Give two folders each other's name; in one step where the system can."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+        if library.renameat2(here, os.fsencode(part), here, os.fsencode(place), exchange) == 0:
+            return
+    except (AttributeError, TypeError, OSError):  # systems without it; file systems without it are told by the result
+        pass
+    old = _part_beside(place, part.suffix)
+    os.rename(place, old)
+    try:
+        os.rename(part, place)
+    except OSError as error:
+        try:
+            os.rename(old, place)
+        except OSError:
+            told = OSError(f"{place} could not be written: {_reason(error)}. What was there is now {old}.")
+            told._scvae_told = True  # type: ignore[attr-defined]
+            raise told from error
+        raise
+    os.rename(old, part)
 
 
 @contextmanager
@@ -551,14 +585,6 @@ def _read(path: Path, most: int) -> bytes:
     if (size := path.stat().st_size) > most:
         raise ValueError(f"{path} is damaged: it has {size:,} bytes, and {most:,} at most can be read.")
     return path.read_bytes()
-
-
-def _memory() -> int:
-    """Return how many bytes the memory of the machine has, as far as that is known."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # other systems
-        return sys.maxsize
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scvae.boundary import files
+from scvae.boundary import files, hdf5
 
 if TYPE_CHECKING:
     import h5py
@@ -18,6 +23,9 @@ __all__ = ["WRITTEN", "damaged", "read", "write"]
 WRITTEN = (".h5ad", ".zarr")
 _READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
 _BLOCK = 2**25  # numbers of a dense matrix that are read at a time
+_LEAST_CLAIM = 1 << 27  # bytes that an array may claim, whatever is stored of it
+_LONGEST = 500  # letters of a reason
+_RATIO_OF_GZIP, _RATIO = 1100, 50_000  # bytes of an array for each that is stored, at most
 _WAYS = {  # how a file that is not read becomes one that is
     ".gz": "unpack it first: gunzip {path}",
     ".zip": "unpack it first: unzip {path}",
@@ -94,12 +102,22 @@ def write(adata: AnnData, path: str | Path) -> None:
             if is_zarr:
                 files.write_folder(path, adata.write_zarr)
             else:
-                files.write_file(path, adata.write_h5ad)
+                files.write_file(path, partial(_write_h5ad, adata))
     except (OSError, MemoryError):
         raise
     except Exception as error:  # anndata raises this and that of what it cannot write
         where = " ".join(getattr(error, "__notes__", ()))
         raise ValueError(f"{path} could not be written: {error}. {where}".strip()) from error
+
+
+def _write_h5ad(adata: AnnData, path: Path) -> None:
+    from anndata.io import write_elem
+
+    adata.strings_to_categoricals()
+    if adata.raw is not None:
+        adata.strings_to_categoricals(adata.raw.var)
+    with hdf5.opened(path, "w") as file:
+        write_elem(file, "/", adata)
 
 
 def _read_hdf5(path: Path, kind: str) -> AnnData:
@@ -108,17 +126,20 @@ def _read_hdf5(path: Path, kind: str) -> AnnData:
 
     try:
         with h5py.File(path) as file:
+            _check_hdf5(file)
             if "matrix" in file and isinstance(file["matrix"], h5py.Dataset) and "col_attrs" in file:
                 return _read_loom(file)
             is_10x = "matrix/barcodes" in file or any(f"{key}/barcodes" in file for key in file)
             is_anndata = "X" in file or "obs" in file
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise this and that of files that are damaged
         raise damaged(path, kind, error) from error
     if is_anndata:
-        try:
-            return anndata.read_h5ad(path)
-        except OSError as error:
-            raise damaged(path, "an .h5ad", error) from error
+        with _anndata_of(path, "an .h5ad"):
+            with h5py.File(path) as file:
+                _check_rows(file)
+            return _checked(anndata.read_h5ad(path))
     if not is_10x:
         raise ValueError(f"{path} is not {kind} file: it is HDF5, but holds other things. {_READ}")
     return _read_10x(path)
@@ -148,13 +169,109 @@ def _read_10x(path: Path) -> AnnData:
 
 
 def _read_zarr(path: Path) -> AnnData:
-    import anndata
-
     _zarr()
+    import anndata
+    import zarr
+
+    with _anndata_of(path, "a .zarr"):
+        _check_zarr(path)
+        _check_rows(zarr.open_group(str(path), mode="r"))
+        return _checked(anndata.read_zarr(path))
+
+
+@contextmanager
+def _anndata_of(path: Path, kind: str) -> Iterator[None]:
+    """Say of whatever is raised within the block which file is damaged, and where."""
     try:
-        return anndata.read_zarr(path)
-    except Exception as error:
-        raise damaged(path, "a .zarr", error) from error
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # anndata raises this and that of files that are damaged
+        raise damaged(path, kind, error) from error
+
+
+def _check_rows(file: Any) -> None:
+    """Refuse an AnnData without names, or with pointers to rows that do not rise; `file` is of HDF5 or zarr."""
+    from scvae.boundary.containers import check_pointers
+
+    for name, what in {"obs": "cells", "var": "genes"}.items():
+        if name not in file:
+            raise ValueError(f"it has no {name}, which would name its {what}")
+    layers = [f"layers/{name}" for name in file["layers"]] if "layers" in file else []
+    for where in ("X", "raw/X", *layers):
+        group = file.get(where)
+        if hasattr(group, "keys") and {"indptr", "indices", "data"} <= set(group.keys()):
+            shape = group.attrs.get("shape", group.attrs.get("h5sparse_shape"))
+            n_rows = int(shape[int("csc" in str(group.attrs.get("encoding-type", "")))])
+            try:
+                indptr = group["indptr"][...]
+            except Exception as error:  # of any library that unpacks it
+                raise ValueError(f"{where}/indptr cannot be read: {error}") from error
+            check_pointers(indptr, n_rows, min(group["data"].size, group["indices"].size), where)
+            for name in ("data", "indices", "indptr") if group["data"].size else ():
+                if getattr(group[name], "nchunks_initialized", 0) < getattr(group[name], "nchunks", 0):
+                    raise ValueError(f"{where}/{name} lacks a part, which would be read as zeros")
+
+
+def _checked(adata: AnnData) -> AnnData:
+    """Refuse what was read if a sparse matrix in it is none."""
+    from scipy import sparse
+
+    from scvae.boundary.containers import check_sparse
+
+    raw = {} if adata.raw is None else {"raw.X": adata.raw.X}
+    named: dict[str, Any] = {"X": adata.X, **raw}
+    for place in ("layers", "obsm", "varm", "obsp", "varp"):
+        named |= {f"{place}[{key!r}]": value for key, value in getattr(adata, place).items()}
+    for where, matrix in named.items():
+        if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
+            is_of_cells = matrix.format == "csr" and not where.startswith("var")
+            check_sparse(matrix, where, adata.obs_names if is_of_cells else None)
+    return adata
+
+
+def _check_claim(where: str, shape: Any, item: int, most: int) -> None:
+    """Refuse an array that is too large for what is stored of it, or for the memory that it is to be read to."""
+    n_bytes = math.prod(shape) * item
+    if n_bytes > max(_LEAST_CLAIM, min(most, files.memory())):
+        raise ValueError(f"{where} is said to be of shape {list(shape)}, which is more than its file can hold")
+
+
+def _check_hdf5(file: h5py.File) -> None:
+    """Refuse arrays that are not what is stored in a file of HDF5: they would fill the memory, or lie elsewhere."""
+    import h5py
+
+    def visit(name: str, each: Any) -> None:
+        if isinstance(each, h5py.Dataset):
+            if each.external or each.is_virtual:
+                raise ValueError(f"{name} lies in other files, which are not read")
+            ratio = _RATIO_OF_GZIP if each.compression in (None, "gzip") else _RATIO
+            _check_claim(name, each.shape or (), each.dtype.itemsize, ratio * each.id.get_storage_size())
+
+    file.visititems(visit)
+
+
+def _check_zarr(path: Path) -> None:
+    """Refuse arrays that are not what is stored in a folder of zarr: they would fill the memory, or run code."""
+    paths = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
+    n_stored = sum(each.stat().st_size for each in paths)
+
+    def check(where: Path, described: Any) -> None:
+        if isinstance(described, list):
+            described = dict(enumerate(described))
+        if not isinstance(described, dict):
+            return
+        if "pickle" in f"{described.get('id')} {described.get('name')} {described.get('object_codec_id')}":
+            raise ValueError(f"{where} describes an array that is unpickled, which would run code from it")
+        kind = described.get("dtype", described.get("data_type"))
+        if kind is not None and isinstance(shape := described.get("shape"), list):
+            _check_claim(str(where), shape, 1, _RATIO * n_stored)
+        for each in described.values():
+            check(where, each)
+
+    for each in paths:
+        if each.name in (".zarray", ".zmetadata", "zarr.json"):
+            check(each, json.loads(each.read_bytes()))
 
 
 def _read_loom(file: h5py.File) -> AnnData:
@@ -199,4 +316,5 @@ def _zarr() -> None:
 def damaged(path: Path, kind: str, error: Exception) -> ValueError:
     """Return the error that says that a file or folder could not be read as what it should be."""
     what = "folder" if os.path.isdir(path) else "file"
-    return ValueError(f"{path} is not {kind} {what}, or is damaged: {error}")
+    reason = " ".join([str(error), *getattr(error, "__notes__", ())]).replace("\n", " ")
+    return ValueError(f"{path} is not {kind} {what}, or is damaged: {reason[:_LONGEST]}")

@@ -113,7 +113,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def seed_from(*key: int) -> int:
     """Return a seed that depends on these whole numbers alone, none below 0; other numbers give another seed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1  # NumPy 1 does not shift it
 
 
 def generator(*key: int) -> torch.Generator:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from datetime import timedelta
+from time import perf_counter, sleep
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +28,14 @@ from torch import Tensor
 
 __all__ = ["ALONE", "Ranks", "check_alone", "joined", "local_rank", "rank_here", "ranks_of", "there_are_several"]
 
+_T = TypeVar("_T")
+
 #: What ``torchrun`` tells a process of the others.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+#: How long the others wait for a process: as long as it may take to read files. One that has ended is noticed at once.
+_PATIENCE = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Ranks:
 
     rank: int = 0
     n: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: str | None = None
 
     def add_up(self, tensor: Tensor) -> Tensor:
@@ -74,6 +83,14 @@ class Ranks:
         lengths = self.stacked(torch.tensor(len(text))).tolist()
         texts = self.stacked(torch.tensor([*text, *[0] * (max(lengths) - len(text))], dtype=torch.uint8))
         return [json.loads(bytes(row[:n])) for row, n in zip(texts.tolist(), lengths, strict=True)]
+
+    def in_turn(self, what: Callable[[], _T]) -> _T:
+        """Do something in one process after the other, and return what it returns."""
+        for rank in range(self.n):
+            if rank == self.rank:
+                found = what()
+            self.gathered(None)
+        return found
 
     def agreed(self, flag: bool) -> bool:
         """Tell whether a flag is set in any process."""
@@ -205,21 +222,37 @@ def ranks_of(device: torch.device) -> Iterator[Ranks]:
     ------
     ValueError
         If the processes were joined by what exchanges no tensors on the device.
+    RuntimeError
+        If another process ends within the block.
     """
     if not there_are_several():
         yield ALONE
         return
     if dist.is_initialized():
-        yield _joined_ranks(device)
+        with _naming_the_lost():
+            yield _joined_ranks(device)
         return
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    own = {"device_id": device} if device.type == "cuda" else {}
-    dist.init_process_group(backend, store=_next_store(), rank=rank, world_size=n, **own)
+    dist.init_process_group(backend, store=_next_store(rank, n), rank=rank, world_size=n, timeout=_PATIENCE)
     try:
-        yield _joined_ranks(device)
+        with _naming_the_lost():
+            yield _joined_ranks(device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _naming_the_lost() -> Iterator[None]:
+    """Say what it means that a process is not heard of any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise RuntimeError(
+            f"Another process of the training has ended, or is not heard of any more; it says why itself. ({error})"
+        ) from error
 
 
 def _joined_ranks(device: torch.device) -> Ranks:
@@ -235,14 +268,33 @@ def _joined_ranks(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device, group.group_name)
 
 
-def _next_store() -> dist.Store:
-    """Return where the processes find each other, for each time that they do so: what was there before is stale."""
-    global _store, _n_joined
+def _next_store(rank: int, n: int) -> Any:
+    """Return where the processes find each other, under a name that only those know that are alive.
+
+    ``torchrun`` starts processes again beside what the earlier ones have left in the same store, where they have
+    addresses of processes that are gone. So each says hello by a word of its own, the first one answers to it, and is
+    told that the answer has come.
+    """
+    global _store
+    c10d: Any = dist  # whose stores are not in its __all__
     if _store is None:
-        _store = next(iter(dist.rendezvous("env://")))[0]
-    _n_joined += 1
-    return dist.PrefixStore(f"scvae/{_n_joined}", _store)
+        _store = c10d.PrefixStore("scvae", next(iter(c10d.rendezvous("env://")))[0])
+    word = secrets.token_hex(8)
+    if rank > 0:
+        _store.set(f"hello/{rank}", word)
+        name = _store.get(f"answer/{word}").decode()
+        _store.set(f"heard/{name}/{rank}", "")
+        return c10d.PrefixStore(name, _store)
+    missing = set(range(1, n))
+    end = perf_counter() + _store.timeout.total_seconds()
+    while missing:
+        for other in [k for k in missing if _store.check([f"hello/{k}"])]:
+            _store.set(f"answer/{_store.get(f'hello/{other}').decode()}", word)
+        missing -= {k for k in missing if _store.check([f"heard/{word}/{k}"])}
+        if perf_counter() > end:
+            raise RuntimeError(f"Processes {sorted(missing)} of {n} have not been heard of: see what they say.")
+        sleep(0.01)
+    return c10d.PrefixStore(word, _store)
 
 
-_store: dist.Store | None = None
-_n_joined = 0
+_store: Any = None

@@ -24,6 +24,7 @@ AGAIN = 75
 
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 _PATIENCE = 3.0  # seconds that a step may take to end
+_SWALLOWED = 1.0  # seconds until what was raised is raised again, as callbacks (of weak references, say) swallow it
 
 
 class Suspended(SystemExit):
@@ -103,17 +104,24 @@ class Signals:
             os.kill(os.getpid(), number)
             return
         if not self.is_put_off or self.is_overdue:
-            raise self.error(self.number or number)
+            error = self.error(self.number or number)
+            if isinstance(error, Suspended):
+                self._remind(_SWALLOWED, number)
+            raise error
         if self.number is None:
             self.number = number
-            self.timer = threading.Timer(_PATIENCE, self._insist)
-            self.timer.daemon = True
-            self.timer.start()
+            self._remind(_PATIENCE, number)
 
-    def _insist(self) -> None:
-        if self.number is not None:
-            self.is_overdue = True
-            signal.pthread_kill(threading.main_thread().ident or 0, self.number)
+    def _remind(self, seconds: float, number: int) -> None:
+        """Send the signal again after a while, unless that is forgotten."""
+        self._forget_timer()
+        self.timer = threading.Timer(seconds, self._insist, (number,))
+        self.timer.daemon = True
+        self.timer.start()
+
+    def _insist(self, number: int) -> None:
+        self.is_overdue = True
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _forget_timer(self) -> None:
         if self.timer is not None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -64,8 +68,23 @@ class _Command(TyperCommand):
             from scvae.boundary.ranks import check_alone
 
             check_alone(f"scvae {self.name}")
-        with progress.quiet(bool(ctx.params.get("quiet"))):
+        cells = {"input", "query"} & ctx.params.keys() if "reference" not in ctx.params else {}
+        with progress.quiet(bool(ctx.params.get("quiet"))), _of_file(*(ctx.params[name] for name in cells)):
             return super().invoke(ctx)
+
+
+@contextmanager
+def _of_file(path: Path | None = None) -> Iterator[None]:
+    """Say of cells that a message calls ``adata`` which file they come from."""
+    try:
+        yield
+    except (KeyError, ValueError) as error:
+        told = str(error.args[0]) if error.args else ""
+        if path is None or type(error) not in (KeyError, ValueError) or str(path) in told:
+            raise
+        if not re.search(r"\badata\.|\bAnnData\b", told):
+            raise
+        raise type(error)(f"{path}: {told}") from error
 
 
 app = typer.Typer(

@@ -217,6 +217,8 @@ def fit(
 
       scvae fit cells.h5ad --batch-key batch --model model --checkpoint checkpoints --resume
 
+      torchrun --standalone --nproc-per-node=4 -m scvae fit cells.h5ad --batch-key batch --model model
+
     With --checkpoint, SIGTERM, SIGHUP and SIGUSR1 end the command within seconds, with exit code 75, and Ctrl-C with
     130: a checkpoint is written, and no result. The same command with --resume goes on from there, to the same numbers.
     Where the checkpoint cannot be written, the exit code is 128 and the number of the signal.

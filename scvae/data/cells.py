@@ -16,6 +16,7 @@ from torch import Tensor
 from scvae.boundary.process import generator
 from scvae.data.categories import name_of
 from scvae.data.order import Shuffled, n_minibatches
+from scvae.data.schemas import check_schema
 from scvae.data.summary import Summary
 from scvae.distributions import SparseCounts
 from scvae.kernels import operations
@@ -105,13 +106,21 @@ class Schema:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> Schema:
-        """Return the schema that JSON describes."""
+        """Return the schema that JSON describes.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If it is none.
+        """
 
         def plain(value: Any) -> Any:
             return tuple(map(plain, value)) if isinstance(value, list) else value
 
         tables = {name: dict(plain(content[name])) for name in ("categories", "continuous")}
-        return cls(**{**{name: plain(value) for name, value in content.items()}, **tables})
+        schema = cls(**{**{name: plain(value) for name, value in content.items()}, **tables})
+        check_schema(schema)
+        return schema
 
     def batch_of(self, codes: Tensor) -> Tensor:
         """Return the code of the batch of each cell, ``[n]``, out of the codes of all categorical covariates.
@@ -363,10 +372,15 @@ class Cells:
         """Return the rows, in the data as they were given, of the cells of a minibatch."""
         return rows
 
-    def digest(self) -> str:
-        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another."""
+    def digest(self, exactly: bool = True) -> str:
+        """Return a checksum of all that the cells hold; other cells, or the same in another order, have another.
+
+        Unless `exactly` is set, covariates that are numbers do not matter, which another processor rounds otherwise.
+        """
         found = hashlib.sha256()
-        given = (self.offsets, self.genes, self.values, self.codes, self.continuous, self.size_factor, self.y)
+        given = [self.offsets, self.genes, self.values, self.codes, self.y]
+        if exactly:
+            given += [self.continuous, self.size_factor]
         for tensor in given:
             for part in () if tensor is None else tensor.flatten().split(_BLOCK):
                 found.update(part.cpu().numpy())

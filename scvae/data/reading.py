@@ -14,7 +14,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import check_anndata, check_sparse
 from scvae.boundary.options import names_of, one_of
 from scvae.data.categories import combined, name_of, named
 from scvae.data.cells import Cells, Key, Schema
@@ -203,7 +203,7 @@ def covariates_of(
         Codes of the categories, ``[n_cells, n_keys]``; standardised continuous covariates, ``[n_cells, n_continuous]``;
         size factors, ``[n_cells]``, or None. See :func:`read_cells`.
     """
-    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int64)
+    codes = np.empty((adata.n_obs, len(schema.categories)), dtype=np.int32)
     for i, (key, names) in enumerate(schema.categories.items()):
         is_left_out = unknown_batch == "ignore" or (unknown_batch == "marginal" and key == schema.batch_key)
         codes[:, i] = _codes(adata, key, names, "ignore" if is_left_out else "error", key == schema.batch_key)
@@ -490,6 +490,8 @@ def matrix_of(adata: AnnData, layer: str | None) -> tuple[Any, str]:
             names = [name for name in adata.layers if name is not None]  # None is .X, from anndata 0.13 on
             raise KeyError(f"adata.layers has no {layer!r}; it has {some(names) or 'none'}.")
         matrix, where = adata.layers[layer], f"adata.layers[{layer!r}]"
+    if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
+        check_sparse(matrix, where, adata.obs_names if matrix.format == "csr" else adata.var_names)
     if matrix.dtype.kind not in "biuf":
         raise ValueError(f"{where} is not numeric ({matrix.dtype}): name the layer that holds the counts, layer=….")
     return matrix, where
@@ -548,7 +550,10 @@ def _blocks(matrix: Any) -> Iterator[Any]:
     else:
         step = max(1, _BLOCK // max(1, matrix.shape[1]))
         for i in range(0, matrix.shape[0], step):
-            yield matrix[i : i + step]
+            block = matrix[i : i + step]
+            if sparse.issparse(block):
+                check_sparse(block, "The matrix on disk", range(i, i + step))
+            yield block
 
 
 def _storable(block: Any) -> Any:

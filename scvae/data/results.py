@@ -21,7 +21,7 @@ from anndata import AnnData
 from anndata.io import read_elem, write_elem
 from scipy import sparse
 
-from scvae.boundary import files, formats
+from scvae.boundary import files, formats, hdf5
 from scvae.data.cells import Schema
 from scvae.data.tables import Table, Tables
 
@@ -203,13 +203,11 @@ def _is_copied(tables: Tables) -> bool:
 
 
 def _write_h5ad(part: Path, tables: Tables, fill: Callable[[Results], None]) -> None:
-    import h5py
-
     if _is_copied(tables):
         shutil.copyfile(tables.tables[0].path, part)
     else:
         _joined(tables.tables).write_h5ad(part)
-    with h5py.File(part, "r+") as file:
+    with hdf5.opened(part, "r+") as file:
         fill(Results(file, tables.n_obs, tables.n_vars))
 
 

@@ -14,6 +14,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, special
 
-from scvae.boundary import files
+from scvae.boundary import files, hdf5
 from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
@@ -290,11 +291,11 @@ def _write(
     of_genes = np.dtype(np.uint16 if len(schema.genes) <= 1 << 16 else np.int32)
     n_bytes = sum(table.n_nonzero for table in tables.tables) * (2 + of_genes.itemsize) + 12 * tables.n_obs
     n_bins = min(max(1, -(-n_bytes * 4 // memory)), _MOST_BINS)  # a bin and its permutation take half of the memory
-    rng = np.random.default_rng([seed, 18])
-    bins = _Bins(folder / "bins", n_bins, of_genes, memory)
-    for counts in counts_of_blocks():
-        bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
-    bins.finish()
+    rng = np.random.default_rng(seed)
+    with _Bins(folder / "bins", n_bins, of_genes, memory) as bins:
+        for counts in counts_of_blocks():
+            bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
+        bins.finish()
     lengths = {"values": sum(bins.n_nonzeros), "genes": sum(bins.n_nonzeros), "offsets": tables.n_obs + 1}
     dtypes = {"values": bins.dtype, "genes": of_genes, "offsets": np.dtype(np.int64)}
     summary = _Summary(schema)
@@ -385,6 +386,14 @@ class _Bins:
         self._files = [open(path, "wb", buffering=room) for path in self.paths]
         self.n_cells, self.n_nonzeros = [0] * n_bins, [0] * n_bins
         self.dtype, self._of_genes = np.dtype(np.uint8), of_genes
+
+    def __enter__(self) -> _Bins:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for file in self._files:
+            with suppress(OSError):  # of a full disk, which was raised before
+                file.close()
 
     def scatter(self, counts: Counts, chosen: np.ndarray) -> None:
         """Add cells, each to the bin that was chosen for it."""
@@ -559,7 +568,7 @@ def _skeleton(
         _encode(made[name], kind, "0.2.0")
 
     n_cells, n_genes = tables.n_obs, len(schema.genes)
-    with h5py.File(path, "w") as file:
+    with hdf5.opened(path, "w") as file:
         _encode(file, "anndata", "0.1.0")
         for key in ("layers", "obsm", "obsp", "varm", "varp"):
             write_elem(file, key, {})

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 import zlib
@@ -32,6 +33,10 @@ __all__ = ["CELLS", "Rows", "Store", "bytes_of", "checksum", "open_store", "writ
 _FORMAT = 1
 CELLS = "cells.h5ad"
 _MANIFEST = "manifest.json"
+_TYPES = {  # kinds of numbers that an array may be of, whole ones where none are named
+    "values": "uf", "genes": "ui", "checksums": "u", "statistics": "if", "continuous": "f", "size_factor": "f",
+    "library_size": "f", "log_factorial": "f",
+}  # fmt: skip
 _NONZEROS = ("values", "genes")  # arrays with an entry for each non-zero; the others have one for each cell
 
 
@@ -124,8 +129,8 @@ class Store:
             raise _damaged(path, f"{CELLS} cannot be opened ({error.strerror})") from error
         n_bytes = os.fstat(self._file.fileno()).st_size
         if n_bytes != content["n_bytes"]:
-            self._file.close()
             raise _damaged(path, f"{CELLS} has {n_bytes:,} bytes of {content['n_bytes']:,}")
+        self._check_pieces(content["shapes"], n_bytes)
         self.statistics = {
             name.removeprefix("statistics/"): self._verified(name, crc).reshape(content["shapes"][name])
             for name, crc in content["checksums"].items()
@@ -136,6 +141,36 @@ class Store:
         self.digest = _digest(content["checksums"])
         self._is_verified = np.zeros(len(self._checksums), dtype=bool)
         self._checked: Sequence[str] = content["checked"]
+        self._most = {"genes": self.n_genes, "labels": len(self.schema.labels), "file": len(self.files)}
+        self._most |= {f"codes/{i}": n for i, n in enumerate(self.schema.widths)}
+
+    def _check_pieces(self, shapes: Mapping[str, Sequence[int]], n_bytes: int) -> None:
+        """Check that the arrays that a store of these cells has lie in the file, and are of the lengths that they have.
+
+        What is allocated is then no more than what is in the file.
+        """
+        if self.n_cells < 1 or self.block < 1 or not 0 <= self.most_nonzeros <= self.nnz:
+            raise _damaged(self.path, f"{_MANIFEST} describes no cells")
+        covariates = [f"codes/{i}" for i in range(len(self.schema.categories))]
+        covariates += [f"continuous/{i}" for i in range(len(self.schema.continuous))]
+        covariates += ["size_factor"] * (self.schema.size_factor_key is not None) + ["labels"] * bool(
+            self.schema.labels
+        )
+        n_batches = len(self.schema.batches)
+        lengths = {"values": self.nnz, "genes": self.nnz, "offsets": self.n_cells + 1}
+        lengths["checksums"] = -(-self.n_cells // self.block)
+        lengths |= {f"statistics/{name}": n_batches for name in ("n_cells", "log_library_mean", "log_library_variance")}
+        lengths |= {f"statistics/{name}": n_batches * self.n_genes for name in ("gene_sums", "gene_squares")}
+        lengths |= {"statistics/library_sum": 1, "statistics/size_factor_sum": 1}
+        lengths["statistics/n_labelled"] = len(self.schema.labels)
+        for name in (*lengths, *covariates, "library_size", "log_factorial", "file", "row"):
+            piece = self._pieces[name]
+            kinds = _TYPES.get(name.split("/")[0], "i")
+            is_within = 0 <= piece.first and 0 <= piece.length and piece.end <= n_bytes
+            if not is_within or piece.length != lengths.get(name, self.n_cells) or piece.dtype.kind not in kinds:
+                raise _damaged(self.path, f"{name} does not lie where {_MANIFEST} says")
+            if name.startswith("statistics/") and math.prod(shapes[name]) != piece.length:
+                raise _damaged(self.path, f"{name} is not of the shape that {_MANIFEST} says")
 
     def __len__(self) -> int:
         return self.n_cells
@@ -362,7 +397,12 @@ def open_store(path: str | Path) -> Store:
         raise ValueError(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}. {_REMEDY}")
     if digest != _digest(content):
         raise _damaged(path, f"{_MANIFEST} is not what was written")
-    return Store(path, content)
+    try:
+        return Store(path, content)
+    except _Damaged:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise _damaged(path, f"{_MANIFEST} does not describe a store") from error
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
@@ -378,8 +418,12 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} is damaged: {what}. {_REMEDY}")
+class _Damaged(ValueError):
+    pass
+
+
+def _damaged(path: Path, what: str) -> _Damaged:
+    return _Damaged(f"{path} is damaged: {what}. {_REMEDY}")
 
 
 def _runs(rows: np.ndarray) -> list[tuple[int, int]]:

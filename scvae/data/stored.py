@@ -165,8 +165,8 @@ class StoredCells(Cells):
             most = np.sort(np.concatenate([most, lengths]))[-n:]
         return int(most.sum())
 
-    def digest(self) -> str:
-        """Return a checksum of all that the cells hold, and how many are in the window, on which the order depends."""
+    def digest(self, exactly: bool = True) -> str:
+        """Return a checksum of what the cells hold, and how many are in the window, on which the order depends."""
         return f"{self.store.digest}, {self.capacity}"
 
     def origin(self, rows: Tensor) -> Tensor:

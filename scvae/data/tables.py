@@ -162,7 +162,7 @@ class Table:
     def _dense_blocks(self, rows: int) -> Iterator[Block]:
         step = max(1, min(rows, _NUMBERS // max(1, self.n_genes)))
         chunk = (getattr(self.matrix, "chunks", None) or (1,))[0]
-        step = max(step - step % chunk, step if step < chunk else chunk)
+        step -= step % chunk if step > chunk else 0  # no chunk is read twice, where one can be read at a time
         for first in range(0, self.n_cells, step):
             last = min(first + step, self.n_cells)
             with self._reading(f"rows {first:,} to {last:,} of {self.where}"):
@@ -224,13 +224,11 @@ class Table:
             if data.shape != indices.shape:
                 what = f"{data.shape[0]:,} values and {indices.shape[0]:,} indices"
                 raise ValueError(f"{self.path} is damaged: {self.where} has {what}.")
-            if (
-                hasattr(data, "nchunks_initialized") and data.nchunks_initialized < data.nchunks
-            ):  # which zarr reads as 0
-                raise ValueError(
-                    f"{self.path} is damaged: {data.nchunks - data.nchunks_initialized} of the {data.nchunks} chunks "
-                    f"of {self.where} are missing."
-                )
+            for array in (data, indices) if n_genes > 1 else (data,):
+                n_missing = array.nchunks - array.nchunks_initialized if hasattr(array, "nchunks_initialized") else 0
+                if n_missing > 0:  # which zarr reads as 0
+                    what = f"{n_missing} of the {array.nchunks} chunks of {self.where} are missing"
+                    raise ValueError(f"{self.path} is damaged: {what}.")
         return n_cells, n_genes
 
     @property

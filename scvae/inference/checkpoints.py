@@ -188,9 +188,17 @@ class Checkpoints:
             raise ValueError(fault)
         if state is None:
             self._write(run)
-            return
+        else:
+            self._restore(run, state, tensors)
+        self.met, self.met_at, self.meeting = run.step.taken, perf_counter(), run.step.taken + 1
+
+    def _restore(self, run: Run, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take a training up where it was, as the first process has read it."""
         run.ranks.copy_first(list(tensors.values()))
-        run.restore(state, tensors)
+        try:
+            run.restore(state, tensors)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"What is in {self.folder} is no checkpoint that scvae wrote ({error}).") from error
 
     def goes_on(self, run: Run) -> bool:
         """Write a checkpoint after a step, where one is due; return whether the training is to go on.

@@ -154,11 +154,13 @@ class Step:
         with self.ranks.sharing(n_cells) if self.ranks.group else nullcontext():
             log_likelihood, kl = elbo_terms(self.program, self.cells.batch(rows, n_nonzero, padded))
         reconstruction, divergence = (reduce(torch.add, terms.values()).mean() for terms in (log_likelihood, kl))
+        if self.ranks.group:  # what is added up over the processes is then that of the whole minibatch
+            reconstruction, divergence = (len(rows) / n_cells * term for term in (reconstruction, divergence))
         loss = self.kl_weight * divergence - reconstruction
         slopes = dict(zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True))
         with torch.no_grad():
             if self.ranks.group:
-                reconstruction, divergence = self._of_all(slopes, reconstruction, divergence, len(rows) / n_cells)
+                reconstruction, divergence = self._add_up(slopes, reconstruction, divergence)
             for weights in self.deviations:  # with the slope of minus the log density of their prior, per cell
                 slopes[weights] = slopes[weights].add(weights, alpha=self.deviation_scale**-2 / len(self.cells))
             for weights, is_learnt, start in self.parts:  # likewise; Adam leaves alone what never had a slope
@@ -173,14 +175,12 @@ class Step:
             finite = (reconstruction + divergence) * 0 == 0  # torch.isfinite is four operations
             self._watch({**log_likelihood, **kl}, finite)
 
-    def _of_all(
-        self, slopes: dict[Tensor, Tensor | None], reconstruction: Tensor, divergence: Tensor, share: float
-    ) -> Sequence[Tensor]:
-        """Let slopes and terms be those of the whole minibatch, of which this process has a share; return the terms."""
+    def _add_up(self, slopes: dict[Tensor, Tensor], reconstruction: Tensor, divergence: Tensor) -> Sequence[Tensor]:
+        """Let slopes and terms be their sums over the processes, in a single exchange; return the terms."""
         used = [(weights, slope) for weights, slope in slopes.items() if slope is not None]
         sizes = [slope.numel() for _, slope in used]
         flat = torch.cat([*(slope.reshape(-1) for _, slope in used), torch.stack([reconstruction, divergence])])
-        *parts, terms = self.ranks.add_up(flat.mul_(share)).split([*sizes, 2])
+        *parts, terms = self.ranks.add_up(flat).split([*sizes, 2])
         for (weights, slope), part in zip(used, parts, strict=True):
             slopes[weights] = part.view_as(slope)
         return terms.unbind()

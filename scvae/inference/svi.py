@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
-import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -314,9 +314,9 @@ class Run:
         self.ranks.check_same(_facts(self.program, self.cells, self.training, self.seed))
         if min(self._lengths(self.ranks.n - 1)) < 2:
             raise ValueError(
-                f"A minibatch has {self.training.batch_size} cells at most, batch_size, of {len(self.cells)}, and is "
-                f"shared by {self.ranks.n} processes: each needs two of its cells at least. Pass a larger batch_size, "
-                "or start fewer processes."
+                f"Minibatches (batch_size={self.training.batch_size}, of {len(self.cells)} cells) cannot be shared by "
+                f"{self.ranks.n} processes: each takes two cells at least. Pass a larger batch_size, or start fewer "
+                "processes."
             )
         self.ranks.copy_first([*self.program.parameters(), *self.program.buffers()])
         self._draw_own_noise()
@@ -509,9 +509,9 @@ class Run:
             for k, statistic in enumerate(_statistics(self.program)):
                 statistic.copy_(own[f"statistic.{k}"].mean(0))
             return
-        torch.set_rng_state(own["random.cpu"][self.ranks.rank].cpu())
+        torch.set_rng_state(own["random.cpu"][self.ranks.rank].clone().cpu())  # of a part, torch would crash
         if self.cells.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random.cuda"][self.ranks.rank].cpu(), self.cells.device)
+            torch.cuda.set_rng_state(own["random.cuda"][self.ranks.rank].clone().cpu(), self.cells.device)
         for k, statistic in enumerate(_statistics(self.program)):
             statistic.copy_(own[f"statistic.{k}"][self.ranks.rank])
 
@@ -546,8 +546,8 @@ def _has_stopped(bounds: Sequence[float], n: int) -> bool:
 
 def _statistics(program: Program) -> list[Tensor]:
     """Return what batch normalisation knows of all cells."""
-    norms = [each for each in program.modules() if isinstance(each, _BatchNorm) and each.running_mean is not None]
-    return [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    norms = [each for each in program.modules() if isinstance(each, _BatchNorm)]
+    return [each for norm in norms for each in (norm.running_mean, norm.running_var) if each is not None]
 
 
 def _facts(program: Program, cells: Cells, training: Training, seed: int) -> dict[str, Any]:
@@ -556,17 +556,12 @@ def _facts(program: Program, cells: Cells, training: Training, seed: int) -> dic
     return {
         "the number of cells": len(cells),
         "the number of genes": cells.n_genes,
-        "genes and covariates": zlib.crc32(known.encode()),
-        "the counts of the cells": _checksum(cells.library_size),
-        "the batches of the cells": _checksum(cells.codes),
+        "the genes and keys, by a checksum": hashlib.sha256(known.encode()).hexdigest(),
+        "the cells, by a checksum": cells.digest(exactly=False),
         "the program": f"{program.name} {program.options}",
         "the training": str(training),
         "the seed": seed,
     }
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.cpu().contiguous().numpy())
 
 
 def _fault(step: Step, recent: Sequence[Tensor], ranks: Ranks = ALONE) -> NonFiniteLoss:

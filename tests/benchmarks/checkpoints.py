@@ -4,7 +4,7 @@ Usage, from the root of the repository (results in checkpoints.md):
 
     python tests/benchmarks/checkpoints.py steps      # each of 64 steps, recorded or not, every kind: bitwise equal
     python tests/benchmarks/checkpoints.py kills      # 200 times SIGKILL, and resume: bitwise equal, nothing left
-    python tests/benchmarks/checkpoints.py signals    # INT, TERM, USR1 in each phase, five times: seconds, exit code
+    python tests/benchmarks/checkpoints.py signals    # INT, TERM, USR1 in each phase (or those named), five times
     python tests/benchmarks/checkpoints.py cost       # bytes and milliseconds of a checkpoint
 """
 
@@ -25,7 +25,8 @@ from contextlib import closing
 from pathlib import Path
 
 CACHE = tempfile.mkdtemp(prefix="scvae-numba-")
-if sys.argv[1:] == ["signals"]:
+GIVEN = sys.argv[2:]
+if sys.argv[1:2] == ["signals"]:
     os.environ["NUMBA_CACHE_DIR"] = CACHE  # empty: the loops are to be compiled
 
 import numpy as np  # noqa: E402
@@ -93,26 +94,37 @@ def told(run):
 
 
 def every_step():
+    """Take a training up at each step: its state is that of the undisturbed one after each of the next eight steps.
+
+    From every eighth step it is followed to the end.
+    """
     adata = simulated(200, 40)
     for kind in KINDS:
         for is_recorded in (True, False):
             with alone(0, torch.device("cpu"), gradient=True), unchecked():
                 with closing(made(adata, kind, is_recorded, 0)) as run:
-                    states, fell = [], None
+                    states, expected = [], [told(run)]
                     while run.step.taken < run.until:
                         content, tensors = run.state()
                         states.append((json.dumps(content), {name: value.clone() for name, value in tensors.items()}))
                         run.advance(Fixed())
-                    expected, fell, n_steps = told(run), run.fall, run.step.taken
-                n_same = 0
+                        expected.append(told(run))
+                    fall, n_steps = run.fall, run.step.taken
+                n_same, n_compared = 0, 0
                 for start in range(64):
                     with closing(made(adata, kind, is_recorded, start + 1)) as again:
                         again.restore(json.loads(states[start][0]), states[start][1])
-                        while again.step.taken < again.until:
+                        is_same = told(again) == expected[start]
+                        for step in range(start + 1, n_steps + 1 if start % 8 == 0 else min(start + 8, n_steps) + 1):
                             again.advance(Fixed())
-                        n_same += told(again) == expected
-            how = "recorded" if is_recorded else "declared"
-            print(f"{kind:10s} {how}: {n_same} of 64 bitwise equal after {n_steps} steps, fall at {fell}", flush=True)
+                            is_same &= told(again) == expected[step]
+                            n_compared += 1
+                        n_same += is_same
+            print(
+                f"{kind:10s} {'recorded' if is_recorded else 'declared'}: bitwise equal from {n_same} of 64 steps on, "
+                f"{n_compared:,} states compared; {n_steps} steps, the learning rate falls from {fall} on",
+                flush=True,
+            )
 
 
 # ---- Killed ------------------------------------------------------------------------------------------------
@@ -237,7 +249,8 @@ def signals(n_times=5):
 
     assert os.waitpid(forked(whole), 0)[1] == 0
     expected = scvae.load(folder / "whole").program.state_dict()
-    for phase, (mark, latest) in PHASES.items():
+    for phase in GIVEN or PHASES:
+        mark, latest = PHASES[phase]
         for number, code in CODES.items():
             seconds, valid = [], 0
             for _ in range(n_times):
@@ -266,18 +279,21 @@ def signals(n_times=5):
                 seconds.append(time.perf_counter() - sent)
                 os.close(read)
                 assert found == code, (phase, number, found, (folder / "log").read_text()[-2000:])
-                assert not (folder / "model").exists()
+                if (folder / "model").exists():  # it was in place already
+                    assert phase == "saving"
+                    scvae.load(folder / "model")
                 kept = list((folder / "kept").iterdir()) if (folder / "kept").exists() else []
                 assert all(path.name.startswith("step-") for path in kept), kept
                 for path in kept:
                     files.read_checked(path)
                 valid += bool(kept)
-            command("model", "--checkpoint", str(folder / "kept"), "--resume")
+            command("model", "--checkpoint", str(folder / "kept"), "--resume", "--overwrite")
             assert os.waitstatus_to_exitcode(os.waitpid(forked(main), 0)[1]) == 0
             again = scvae.load(folder / "model").program.state_dict()
             same = all(torch.equal(value, again[name]) for name, value in expected.items())
             print(
-                f"{phase:13s} {number.name:8s} exit code {code:3d}, at most {max(seconds):.2f} s, a valid checkpoint "
+                f"{phase:13s} {number.name:8s} exit code {code:3d}, at most {max(seconds):.2f} s "
+                f"(median {statistics.median(seconds):.2f}), a valid checkpoint "
                 f"in {valid} of {n_times}, then resumed: {'bitwise equal' if same else 'NOT EQUAL'}",
                 flush=True,
             )
@@ -307,6 +323,7 @@ def cost():
             from scvae.boundary.signals import Signals
 
             kept = Checkpoints(folder, 60, False, Signals(folder))
+            kept.belong_to(program, cells, run.training, 0, run.ranks)
             here, until = [], []
             for _ in range(15):
                 run.advance(Fixed())
@@ -323,7 +340,7 @@ def cost():
                 run.advance(Fixed())
                 step.append(1000 * (time.perf_counter() - start))
             start = time.perf_counter()
-            kept._newest()
+            kept._newest({name: value.clone() for name, value in run.state()[1].items()})
             print(
                 f"{n:,} parameters: {size / 1e6:.1f} MB; the training waits {statistics.median(here):.1f} ms (at most "
                 f"{max(here):.1f}), durable after {statistics.median(until):.1f} ms (at most {max(until):.1f}); three "

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
@@ -21,7 +22,7 @@ import scvae.data.shuffling
 from scvae.data import tables
 from scvae.data.reading import read_cells, read_schema
 from scvae.data.shuffling import Counts, _Bins, drawn, shuffled
-from scvae.data.store import open_store
+from scvae.data.store import open_store, write_manifest
 
 HOW = {
     "batch_key": "batch",
@@ -134,7 +135,7 @@ def test_every_order_of_the_cells_is_equally_likely(tmp_path):
     x = sparse.csr_matrix(np.eye(4, dtype=np.float32))
     counts = Counts(0, x.data, x.indices, x.indptr.astype(np.int64), np.dtype(np.uint8))
     for seed in range(1200):
-        rng = np.random.default_rng([seed, 18])
+        rng = np.random.default_rng(seed)
         bins = _Bins(tmp_path / str(seed), 3, np.dtype(np.uint16), 1000)
         bins.scatter(counts, drawn(4, 3, rng))
         bins.finish()
@@ -285,6 +286,34 @@ def test_the_old_store_is_there_when_the_new_one_fails(adata, path):
     assert sorted(os.listdir(path.parent)) == ["cells.h5ad", "cells.h5ad.scvae"]
 
 
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path):
+    """No file may grow beyond a limit, which is any of 12 up to the length of the file of cells."""
+    resource = pytest.importorskip("resource")
+    path = written(tmp_path, counts_of(500, 30))
+    old = shuffled(path, memory=20_000)
+    n_bytes = (old.path / "cells.h5ad").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in np.linspace(0, n_bytes - 1, 12).astype(int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
+        try:
+            with pytest.raises(
+                OSError, match=r"cells\.h5ad\.scvae could not be written: .*What was there is as it was"
+            ):
+                shuffled(path, memory=20_000, seed=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert sorted(os.listdir(tmp_path)) == ["cells.h5ad", "cells.h5ad.scvae"]
+    assert_holds(open_store(old.path), counts_of(500, 30))
+
+
+def test_two_threads_that_make_the_same_store_both_have_it(path):
+    with ThreadPoolExecutor(2) as threads:
+        stores = list(threads.map(lambda _: shuffled(path, batch_key="batch"), range(2)))
+    for store in stores:
+        assert_holds(store, read_h5ad(path).X)
+    assert sorted(os.listdir(path.parent)) == ["cells.h5ad", "cells.h5ad.scvae"]
+
+
 KILLED = """
 import os, shutil, signal, sys
 import numpy as np
@@ -376,6 +405,17 @@ def edited(change):
     return damage
 
 
+def signed(change):
+    """A manifest that someone made who knows how."""
+
+    def damage(place):
+        content = json.loads((place / "manifest.json").read_text())["content"]
+        change(content)
+        write_manifest(place, content)
+
+    return damage
+
+
 def rewritten(text):
     return lambda place: (place / "manifest.json").write_bytes(text)
 
@@ -399,6 +439,17 @@ DAMAGES = {
     "another format": edited(lambda manifest: manifest.update(format=99)),
     "another number of cells": edited(lambda manifest: manifest["content"].update(n_cells=2**63)),
     "another place of the values": edited(lambda manifest: manifest["content"]["pieces"]["values"].__setitem__(0, 0)),
+    "another number of cells, signed anew": signed(lambda content: content.update(n_cells=81)),
+    "a huge number of cells, signed anew": signed(lambda content: content.update(n_cells=2**63)),
+    "no block, signed anew": signed(lambda content: content.update(block=0)),
+    "no cells, signed anew": signed(lambda content: content.update(n_cells=0)),
+    "a huge piece, signed anew": signed(lambda content: content["pieces"]["values"].__setitem__(1, 2**62)),
+    "a piece out of the file, signed anew": signed(lambda content: content["pieces"]["values"].__setitem__(0, -8)),
+    "a piece that is missing, signed anew": signed(lambda content: content["pieces"].pop("codes/1")),
+    "text for a number, signed anew": signed(lambda content: content.update(nnz="many")),
+    "objects, signed anew": signed(lambda content: content["pieces"]["row"].__setitem__(2, "O")),
+    "fewer genes, signed anew": signed(lambda content: content["schema"].update(genes=["gene_0"])),
+    "nothing, signed anew": signed(lambda content: content.clear()),
     "no content": edited(lambda manifest: manifest.pop("content")),
 }  # fmt: skip
 
@@ -410,7 +461,7 @@ def test_a_store_that_was_cut_off_or_edited_is_refused(path, kind):
     store.close()
     DAMAGES[kind](store.path)
     with pytest.raises(ValueError, match=r"cells\.h5ad\.scvae.*Delete the folder"):
-        whole(shuffled(path, **HOW))
+        whole(open_store(store.path))
     shutil.rmtree(store.path)
     assert whole(shuffled(path, **HOW)).values.sum() > 0
 

@@ -1,7 +1,6 @@
 """Files of cells are read block by block as anndata reads them whole, and what is wrong is said of file and row."""
 
 import os
-import shutil
 import warnings
 
 import anndata
@@ -382,14 +381,16 @@ def test_a_damaged_block_of_a_compressed_file_is_named_with_its_rows(adata, tmp_
         shuffled(path)
 
 
-def test_chunks_of_a_zarr_that_are_missing_are_not_taken_for_zeros(adata, tmp_path):
+def chunk_of(path):
+    """A file that holds a part of a zarr array."""
+    return next(file for file in path.rglob("*") if file.is_file() and not file.name.startswith((".", "z")))
+
+
+@pytest.mark.parametrize("name", ["data", "indices"])
+def test_chunks_of_a_zarr_that_are_missing_are_not_taken_for_zeros(adata, tmp_path, name):
     path = tmp_path / "cells.zarr"
     adata.write_zarr(path)
-    shutil.copytree(path, tmp_path / "copy.zarr")
-    chunk = next(
-        name for name in (path / "X/data").rglob("*") if name.is_file() and not name.name.startswith((".", "z"))
-    )
-    chunk.unlink()
+    chunk_of(path / "X" / name).unlink()
     with pytest.raises(ValueError, match=r"cells\.zarr is damaged: 1 of the 1 chunks of X are missing"):
         shuffled(path)
 
@@ -397,9 +398,7 @@ def test_chunks_of_a_zarr_that_are_missing_are_not_taken_for_zeros(adata, tmp_pa
 def test_a_chunk_of_a_zarr_that_was_cut_off_is_named_with_its_rows(adata, tmp_path):
     path = tmp_path / "cells.zarr"
     adata.write_zarr(path)
-    chunk = next(
-        name for name in (path / "X/data").rglob("*") if name.is_file() and not name.name.startswith((".", "z"))
-    )
+    chunk = chunk_of(path / "X/data")
     os.truncate(chunk, chunk.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"cells\.zarr is damaged: rows 0 to 80 of X cannot be read"):
         shuffled(path)

@@ -1,6 +1,7 @@
 """A process that trains together with others, and answers what a test asks of it: ``python one_of_several.py PORT``."""
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -11,17 +12,20 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import scvae
 from scvae.boundary.process import seeded, unchecked
 from scvae.boundary.ranks import ranks_of
+from scvae.data import shuffling
 from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import cells_of
 from scvae.inference import svi
 from scvae.inference.recording import Recorded
 from scvae.inference.steps import Step
 from scvae.inference.svi import NonFiniteLoss, Run, Training
-from scvae.modules.nets import BatchNorm
 from scvae.programs import PROGRAMS, ZINB
 
 CPU = torch.device("cpu")
@@ -80,7 +84,7 @@ def fitted(rank, program="zinb", unlike=(), eager=False, n_steps=100, n=84, **op
         options["seed"] = 1
     logged = Log()
     if eager:
-        svi.Recorded = lambda function: function
+        svi.Recorded = Eager
     try:
         model = scvae.fit(adata, program, progress=False, device="cpu", **options)
     finally:
@@ -94,6 +98,18 @@ def fitted(rank, program="zinb", unlike=(), eager=False, n_steps=100, n=84, **op
         "log": logged.lines,
         "steps": model.course.n_steps,
     }
+
+
+class Eager:
+    """Stands in for a recording: what is written is done each time."""
+
+    fixed_shapes = False
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self):
+        self.function()
 
 
 class Log(logging.Handler):
@@ -110,6 +126,7 @@ class Log(logging.Handler):
 def broken(rank, row):
     """The error of a fit that fails in one cell, and how long it took from then on."""
     adata = data()
+    adata.X = adata.X.toarray()
     adata.X[row, 0] += 1000
     start = time.monotonic()
     try:
@@ -129,6 +146,10 @@ def broken(rank, row):
 class Still(TorchDispatchMode):
     """What is drawn is the same number, for every cell, in one process and in several."""
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # to skip torch's compiler, torch would load it, for seconds
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in function.tags and function is not torch.ops.aten.dropout.default:
@@ -136,9 +157,19 @@ class Still(TorchDispatchMode):
         return result
 
 
-def stepped(rank, program="zinb", n_steps=100, size=32, held=True, rate=1e-3, **options):
-    """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay."""
+def stepped(rank, program="zinb", n_steps=40, size=32, rate=1e-3, eps=1e-8, **options):
+    """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay.
+
+    Weights whose gradient is nothing but rounding are moved by Adam as far as any other, unless its epsilon is larger.
+    """
     torch.set_num_threads(1)
+    if eps != 1e-8:
+        adam, given = torch._fused_adamw_, {k: options[k] for k in options}
+        torch._fused_adamw_ = lambda *tensors, **how: adam(*tensors, **how | {"eps": eps})
+        try:
+            return stepped(rank, program, n_steps, size, rate, **given)
+        finally:
+            torch._fused_adamw_ = adam
     adata = data(program)
     options = (
         {"n_latent": 3} | ({"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}) | options
@@ -152,8 +183,8 @@ def stepped(rank, program="zinb", n_steps=100, size=32, held=True, rate=1e-3, **
         step.rate.fill_(rate)
         step.kl_weight.fill_(1.0)
         for module in made.modules():
-            if isinstance(module, BatchNorm) and held:
-                module.eval()
+            if isinstance(module, _BatchNorm):
+                module.eval().train = lambda mode=True: None
         order = cells.shuffled(size, torch.arange(len(cells)), 0, ranks.rank, ranks.n)
         with Still():
             for _ in range(n_steps):
@@ -183,6 +214,7 @@ def taken_up(rank, at, until):
         run = start(ranks)
         go_on(run, at)
         content, tensors = run.state()
+        content = json.loads(json.dumps(content))
         tensors = {name: value.clone() for name, value in tensors.items()}
         whole = go_on(run, until)
         torch.manual_seed(5)
@@ -191,6 +223,25 @@ def taken_up(rank, at, until):
         again = go_on(other, until)
         assert str(again[1]) == str(whole[1])
         return all(map(torch.equal, again[0], whole[0])), len(tensors["own.random.cpu"])
+
+
+def start(rank):
+    """What the processes start with: a digest of the program, and of the noise that is drawn next."""
+    adata = data()
+    with seeded(0, CPU), ranks_of(CPU) as ranks:
+        cells = read_cells(adata, read_schema(adata, batch_key="batch"))
+        program = ZINB(cells.schema, n_latent=3, n_hidden=8)
+        if rank:
+            program.v.add_(1)  # as if it had been started by another processor
+        Run(program, cells, Training(batch_size=32), ranks=ranks)
+        return str([value.tolist() for value in program.state_dict().values()]), torch.randn(2).tolist()[0]
+
+
+def embedded(rank, **options):
+    """The latent coordinates that a fit writes."""
+    adata = data()
+    scvae.fit(adata, batch_key="batch", progress=False, device="cpu", **options)
+    return adata.obsm["X_scvae"]
 
 
 def agreements(rank):
@@ -209,12 +260,46 @@ def agreements(rank):
         }
 
 
-def rows_of_a_pass(rank, n_ranks, n, size):
-    """What the processes see of the cells in a pass."""
+def rows_of_a_pass(rank, n_ranks, n, size, path=None):
+    """What the processes see of the cells in a pass; of cells in memory, or of a file of them."""
     adata = data(n=n)
-    cells = read_cells(adata, read_schema(adata))
-    order = cells.shuffled(size, torch.arange(n), 0, rank, n_ranks)
-    return [(next(order)[0].tolist(), order.n_drawn) for _ in range(order.n_parts)]
+    if path is None:
+        cells = read_cells(adata, read_schema(adata))
+        units = torch.arange(n)
+    else:
+        cells = cells_of(shuffled(path, check_counts=True), CPU, 200_000, size)
+        units = torch.cat(cells.split(0, 0))
+    order = cells.shuffled(size, units, 0, rank, n_ranks)
+    found = []
+    for _ in range(order.n_parts):
+        rows, _ = next(order)
+        found.append((cells.origin(rows).tolist(), order.n_drawn))
+    order.close()
+    return found
+
+
+def lost(rank):
+    """What becomes of a process when another one ends."""
+    with ranks_of(CPU) as ranks:
+        if rank:
+            raise ValueError("This one cannot go on.")
+        ranks.gathered(None)
+
+
+def making_one_store(rank, path):
+    """Fit to a file of cells, of which one process makes the store."""
+    made = []
+    write = shuffling._write
+    shuffling._write = lambda *arguments: (made.append(rank), write(*arguments))
+    try:
+        model = scvae.fit(
+            path, batch_key="batch", n_hidden=8, max_epochs=2, batch_size=32, progress=False, device="cpu"
+        )
+    finally:
+        shuffling._write = write
+    values = model.program.state_dict().values()
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for value in values)).hexdigest()
+    return digest, made
 
 
 def main():

@@ -289,7 +289,7 @@ def test_another_version_is_refused(adata, tmp_path, monkeypatch):
     given = {**OPTIONS, "max_epochs": 2}
     scvae.fit(adata.copy(), checkpoint=tmp_path, **given)
     monkeypatch.setattr(module, "version", lambda _: "9.9")
-    with pytest.raises(ValueError, match="scvae was '0.1.0.*' and is '9.9'"):
+    with pytest.raises(ValueError, match="scvae was '[0-9.]+' and is '9.9'"):
         scvae.fit(adata, checkpoint=tmp_path, resume=True, **given)
 
 
@@ -332,6 +332,23 @@ def test_where_none_can_be_read_nothing_begins_anew(adata, tmp_path):
         pytest.warns(UserWarning, match="is damaged"),
         pytest.raises(ValueError, match="None of the checkpoints in .* can be read"),
     ):
+        scvae.fit(adata, checkpoint=tmp_path, resume=True, **OPTIONS)
+
+
+@pytest.mark.parametrize("change", [{"history": 5}, {"order": {}}, {"fall": "soon"}, {"seconds": None}, {"seed": -1}])
+def test_a_checkpoint_that_was_written_by_someone_else_is_refused(adata, tmp_path, change):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save
+
+    scvae.fit(adata.copy(), checkpoint=tmp_path, **OPTIONS)
+    for path in tmp_path.iterdir():
+        with safe_open(path, "pt") as file:
+            content = json.loads(file.metadata()["scvae"])
+        content["run"] |= change
+        data = save(load_file(path), {"scvae": json.dumps(content)})
+        path.unlink()
+    files.write_checked(tmp_path, "step-000000060", ".safetensors", data)
+    with pytest.raises(ValueError, match="is no checkpoint that scvae wrote"):
         scvae.fit(adata, checkpoint=tmp_path, resume=True, **OPTIONS)
 
 
@@ -409,6 +426,29 @@ def test_a_checkpoint_is_a_file_that_others_can_open(adata, tmp_path):
     assert content["run"]["taken"] == 30
 
 
+def test_cells_that_are_read_from_a_file_come_in_the_same_order(quick, stopped_after, monkeypatch, tmp_path):
+    cells = scvae.datasets.simulated_batches(n_cells=1500, n_genes=24, library_size=50, seed=3)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    given = {**OPTIONS, "max_epochs": None, "min_steps": 60, "max_steps": 60, "batch_size": 8, "memory": 100_000}
+    kinds = []
+    real = Checkpoints.belong_to
+
+    def belong_to(self, program, cells, *rest):
+        kinds.append(type(cells).__name__)
+        real(self, program, cells, *rest)
+
+    whole = scvae.fit(tmp_path / "cells.h5ad", **given)
+    monkeypatch.setattr(Checkpoints, "belong_to", belong_to)
+    with monkeypatch.context():
+        killed = stopped_after(33)
+        with pytest.raises(killed):
+            scvae.fit(tmp_path / "cells.h5ad", checkpoint=tmp_path / "kept", **given)
+    monkeypatch.undo()
+    model = scvae.fit(tmp_path / "cells.h5ad", checkpoint=tmp_path / "kept", resume=True, **given)
+    assert_same(model, whole)
+    assert kinds == ["StoredCells"]
+
+
 # ---- Signals -----------------------------------------------------------------------------------------------
 
 
@@ -472,6 +512,28 @@ def test_a_step_that_does_not_end_is_given_up(adata, tmp_path, monkeypatch):
         scvae.fit(adata, checkpoint=tmp_path, **OPTIONS)
     assert end.value.code == 75
     assert steps(tmp_path) == [0]
+
+
+class Swallowing:
+    """Of which the exceptions that are raised when it ends go nowhere."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_a_callback_swallows_is_raised_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_SWALLOWED", 0.2)
+
+    def work():
+        with signals.watched(tmp_path):
+            Swallowing()
+            time.sleep(30)
+
+    with pytest.raises(SystemExit) as end:
+        work()
+    assert end.value.code == 75
 
 
 def test_a_signal_sent_twice_is_one(adata, tmp_path, monkeypatch):
@@ -598,5 +660,38 @@ def test_the_command_goes_on_after_kill_and_signals(adata, tmp_path):
     assert names(tmp_path) == ["cells.h5ad", "kept", "whole"]
     done = run(tmp_path, *given)
     assert done.returncode == 0, done.stderr
+    assert_same(scvae.load(tmp_path / "model"), scvae.load(tmp_path / "whole"))
+    assert all(name.startswith("step-") for name in names(tmp_path / "kept"))
+
+
+KILLED = """
+import os, signal
+from scvae.inference.svi import Run
+real = Run.advance
+def advance(self, pace):
+    where = self.step.taken, os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+    if os.environ["KILL"] and where == (22, "1", "0"):
+        os.kill(os.getpid(), int(os.environ["KILL"]))
+    real(self, pace)
+Run.advance = advance
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_of_several_processes_one_that_is_killed_is_started_again(adata, tmp_path):
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    (tmp_path / "command.py").write_text(KILLED + QUICK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    torchrun += ["--monitor-interval=0.1", "command.py", "fit", "cells.h5ad", "--max-epochs", "20", "--quiet"]
+
+    def fit(kill, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL": kill}
+        done = subprocess.run(
+            [*torchrun, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    fit("", "--model", "whole")
+    fit("9", "--model", "model", "--checkpoint", "kept", "--resume")
     assert_same(scvae.load(tmp_path / "model"), scvae.load(tmp_path / "whole"))
     assert all(name.startswith("step-") for name in names(tmp_path / "kept"))

@@ -11,9 +11,11 @@ import copy
 import functools
 import itertools
 
+import anndata
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from scvae import fitted
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
+from scvae.data.shuffling import shuffled
+from scvae.data.stored import StoredCells
 from scvae.inference import marginal
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import CudaGraphs, _depends_on_values
@@ -201,7 +205,7 @@ def test_a_whole_step_neither_waits_for_the_device_nor_mixes_it_with_another(nam
     cells = moved(cells, lambda tensor: tensor.to("meta"))
     step = step_of(program.to("meta"), cells)
     with unchecked(), watched() as watching:
-        step._take(torch.arange(SIZE, device="meta"), ROOM, padded=True)
+        step._take(torch.arange(SIZE, device="meta"), ROOM, SIZE, padded=True)
     done = [function for function, _ in watching.done]
     assert done.count(torch.ops.aten._fused_adamw_.tensor_lr) == 1
     assert not any("scvae" in str(function) for function in done)  # these are the operations for CPUs
@@ -233,12 +237,12 @@ def test_padded_steps_are_the_same_operations_at_the_same_places_whatever_the_ce
     room = int(lengths[many].sum())
     assert cells.schema.kind != "counts" or int(lengths[few].sum()) < room
     with unchecked():
-        step._take(rows, room, padded=True)
+        step._take(rows, room, SIZE, padded=True)
         places = [tensor.data_ptr() for tensor in _everything(step)]
         for minibatch in (few, many):
             rows.copy_(minibatch)
             with watched() as watching:
-                step._take(rows, room, padded=True)
+                step._take(rows, room, SIZE, padded=True)
             done.append(watching.done)
     assert len(done[0]) == len(done[1]) > 100
     for one, other in zip(*done, strict=True):
@@ -258,7 +262,7 @@ def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(na
         if is_padded:
             monkeypatch.setattr(operations, "are_for", lambda tensor: False)
         with unchecked(), seeded(1, torch.device("cpu")):
-            step._take(few, n_nonzero + 50 * is_padded, padded=is_padded)
+            step._take(few, n_nonzero + 50 * is_padded, SIZE, padded=is_padded)
         steps.append(step)
     ours, theirs = steps
     for site, term in ours.terms.items():
@@ -268,6 +272,26 @@ def test_a_padded_step_by_the_operations_for_a_gpu_has_the_numbers_of_the_cpu(na
         torch.testing.assert_close(other, mean, rtol=1e-3, atol=1e-5 * float(largest))
     for buffer, other in zip(ours.program.buffers(), theirs.program.buffers(), strict=True):
         torch.testing.assert_close(other, buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_there_is_room_for_any_cells_of_a_store_whatever_its_window_shows(tmp_path):
+    rng = np.random.default_rng(0)
+    counts = (rng.random((5000, 12)) < rng.uniform(0.05, 1, (5000, 1))) * rng.integers(1, 300, (5000, 12))
+    counts[:, 0] = 1
+    anndata.AnnData(sparse.csr_matrix(counts.astype(np.float32))).write_h5ad(tmp_path / "cells.h5ad")
+    store = shuffled(tmp_path / "cells.h5ad")
+    cells = StoredCells(store, "cpu", 100_000, batch_size=8)
+    assert cells.capacity < 2500
+    lengths = np.sort((counts > 0).sum(1))[::-1]
+    for n in (1, 8, 300, 5000):
+        assert cells.most_nonzeros(n) == lengths[:n].sum()
+    units, _ = cells.split(5000, 0)
+    order = cells.shuffled(8, units, 0)
+    for _ in range(60):
+        rows, n_nonzero = next(order)
+        padded = cells.batch(rows, cells.most_nonzeros(len(rows)), padded=True)
+        assert torch.equal(padded.values, cells.batch(rows, n_nonzero).values)
+    order.close()
 
 
 # ---- Forward on a fake CUDA device ----------------------------------------------------------------------------------

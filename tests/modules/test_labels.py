@@ -12,12 +12,12 @@ from pyro import poutine
 from scipy import special, stats
 
 import scvae
+from scvae.data.cells import Schema
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence
 from scvae.modules import priors
 from scvae.modules.priors import LabelledMixturePrior, MixturePrior
 from scvae.programs import PROGRAMS
-from scvae.saved import schema_of
 
 PROGRAM_NAMES = ["zinb", "gaussian"]
 
@@ -269,7 +269,7 @@ def test_schemas_of_models_that_were_saved_before_there_were_labels_are_read(mod
     content = json.loads(json.dumps(model.program.schema.described()))
     for field in ("labels_key", "unlabeled", "labels", "n_labelled"):
         del content[field]
-    assert schema_of(content) == model.program.schema
+    assert Schema.of(content) == model.program.schema
 
 
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
