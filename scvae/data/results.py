@@ -167,9 +167,9 @@ class Results:
         """Make an array of ``.obsm`` or ``.layers``, ``[n_cells, n_columns]``, single precision, to be filled."""
         self.remove(place, name)
         chunk = max(1, min(self.n_cells, _CHUNK // max(1, n_columns)))
-        array = self._place(place).create_dataset(
-            name, shape=(self.n_cells, n_columns), dtype=np.float32, chunks=(chunk, max(1, n_columns))
-        )
+        group = self._place(place)
+        make = getattr(group, "create_array", None) or group.create_dataset  # of zarr 3, and of h5py and zarr 2
+        array = make(name, shape=(self.n_cells, n_columns), dtype=np.float32, chunks=(chunk, max(1, n_columns)))
         array.attrs["encoding-type"], array.attrs["encoding-version"] = "array", "0.2.0"
         return array
 
