@@ -118,6 +118,7 @@ class Store:
         self._pieces = {
             name: _Piece(first, length, np.dtype(dtype)) for name, (first, length, dtype) in content["pieces"].items()
         }
+        self._checked: Sequence[str] = content["checked"]
         try:
             self._file = open(path / CELLS, "rb", buffering=0)
         except OSError as error:
@@ -126,6 +127,9 @@ class Store:
         if n_bytes != content["n_bytes"]:
             self._file.close()
             raise _damaged(path, f"{CELLS} has {n_bytes:,} bytes of {content['n_bytes']:,}")
+        if not self._fits(n_bytes):
+            self._file.close()
+            raise _damaged(path, f"{_MANIFEST} describes another file than {CELLS}")
         self.statistics = {
             name.removeprefix("statistics/"): self._verified(name, crc).reshape(content["shapes"][name])
             for name, crc in content["checksums"].items()
@@ -133,10 +137,28 @@ class Store:
         }
         self._checksums = self._verified("checksums", content["checksums"]["checksums"])
         self._is_verified = np.zeros(len(self._checksums), dtype=bool)
-        self._checked: Sequence[str] = content["checked"]
 
     def __len__(self) -> int:
         return self.n_cells
+
+    def _fits(self, n_bytes: int) -> bool:
+        """Whether the arrays that are described lie in a file of so many bytes, and are as long as each other."""
+        lengths = dict.fromkeys(self._checked, self.n_cells)
+        lengths |= {"values": self.nnz, "genes": self.nnz, "offsets": self.n_cells + 1}
+        numbers = [self.n_cells, self.nnz, self.block, self.most_nonzeros]
+        return (
+            all(isinstance(number, int) for number in numbers)
+            and self.n_cells > 0 < self.block
+            and 0 <= self.most_nonzeros <= self.nnz
+            and all(self._pieces[name].length == length for name, length in lengths.items())
+            and self._pieces["checksums"].length == -(-self.n_cells // self.block)
+            and all(
+                isinstance(number, int) and 0 <= number
+                for piece in self._pieces.values()
+                for number in (piece.first, piece.length)
+            )
+            and all(piece.end <= n_bytes and piece.dtype.kind in "iufbS" for piece in self._pieces.values())
+        )
 
     def close(self) -> None:
         """Close the file; nothing can be read any more."""
@@ -320,7 +342,8 @@ class Store:
         found = checksum(
             [zlib.crc32(bytes_of(self._array(name, *bounds.get(name, (first, last))))) for name in self._checked]
         )
-        if found != self._checksums[block]:
+        genes = self._array("genes", *bounds["genes"])
+        if found != self._checksums[block] or (len(genes) and not 0 <= genes.min() <= genes.max() < self.n_genes):
             raise self._damage(first, last)
         self._is_verified[block] = True
 
@@ -360,7 +383,14 @@ def open_store(path: str | Path) -> Store:
         raise ValueError(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}. {_REMEDY}")
     if digest != _digest(content):
         raise _damaged(path, f"{_MANIFEST} is not what was written")
-    return Store(path, content)
+    try:
+        return Store(path, content)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError) as error:
+        raise _damaged(path, f"{_MANIFEST} describes no store ({type(error).__name__}: {str(error)[:100]})") from error
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise _damaged(path, f"{_MANIFEST} describes no store ({str(error)[:200]})") from error
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -170,13 +170,21 @@ class Checkpoints:
             self._write(run)
             return
         path, content, tensors = newest
+        if not isinstance(content.get("of"), dict):
+            raise ValueError(f"{path} holds no state of a training: start anew in another folder, or remove it.")
         self._check_same(content["of"])
         live = run.state()[1]
         if {name: (t.shape, t.dtype) for name, t in live.items()} != {
             name: (t.shape, t.dtype) for name, t in tensors.items()
         }:
             raise ValueError(f"{path} holds other weights than this training has: name another folder.")
-        run.restore(content["run"], tensors)
+        try:
+            run.restore(content["run"], tensors)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} holds no state of a training ({type(error).__name__}: {str(error)[:100]}): start anew in "
+                "another folder, or remove it."
+            ) from error
 
     def goes_on(self, run: Run) -> bool:
         """Write a checkpoint after a step, where one is due; return whether the training is to go on.
