@@ -157,7 +157,10 @@ class Store:
                 for piece in self._pieces.values()
                 for number in (piece.first, piece.length)
             )
-            and all(piece.end <= n_bytes and piece.dtype.kind in "iufbS" for piece in self._pieces.values())
+            and all(
+                piece.end <= n_bytes and piece.dtype.kind in "iufbS" and piece.dtype.itemsize
+                for piece in self._pieces.values()
+            )
         )
 
     def close(self) -> None:
