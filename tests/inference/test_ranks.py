@@ -88,11 +88,20 @@ class Several:
             process.wait(30)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def several(request):
-    found = Several(request.param)
+@pytest.fixture(scope="module")
+def started():
+    """Processes by their number, started once."""
+    found = {}
     yield found
-    found.close()
+    for each in found.values():
+        each.close()
+
+
+@pytest.fixture(params=[2, 3])
+def several(request, started):
+    if request.param not in started:
+        started[request.param] = Several(request.param)
+    return started[request.param]
 
 
 #: Fits that several processes are asked for: all of two, and of three a few.
