@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import warnings
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from anndata import AnnData
 
-from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_key
-from scvae.boundary.options import Options, bytes_of, seed_of
+from scvae.boundary.options import Options, seed_of
 from scvae.boundary.process import alone, device_of
-from scvae.boundary.ranks import rank_here, ranks_of
-from scvae.data import results
+from scvae.boundary.ranks import ranks_of
+from scvae.choices import choice_of
 from scvae.data.cells import Cells
-from scvae.data.reading import read_cells, read_schema, some
-from scvae.data.shuffling import shuffled
-from scvae.data.store import Store
-from scvae.data.stored import cells_of
-from scvae.data.tables import open_tables
+from scvae.data.reading import some
 from scvae.fitted import Files, Fitted, check_writable
 from scvae.inference.checkpoints import checkpoints_in
-from scvae.inference.progress import Progress, say
-from scvae.inference.svi import NonFiniteLoss, Training, train
+from scvae.inference.progress import say
+from scvae.inference.svi import NonFiniteLoss, train
 from scvae.kernels.operations import loops_are_compiled
-from scvae.programs import PROGRAMS, Program
+from scvae.programs import Program
+from scvae.sources import source_of
 
 __all__ = ["fit"]
 
@@ -196,42 +190,9 @@ def fit(
     >>> adata.obsm["X_scvae"].shape
     (200, 20)
     """
-    tables = None
-    if are_files(adata) or (memory is not None and isinstance(adata, AnnData) and adata.isbacked):
-        tables = open_tables(adata, layer)
-        if output is not None:
-            results.check_output(output, tables)
-    else:
-        check_anndata(adata, to_write=True)
-        _check_in_memory(memory=memory, output=output, n_top_genes=n_top_genes, store=store)
-    n_cells = adata.n_obs if tables is None else tables.n_obs
-    if n_cells < 2:
-        raise ValueError(f"The AnnData has {n_cells or 'no'} cell: a latent space needs at least two.")
-    budget = _MEMORY if memory is None else bytes_of("memory", memory)
+    source = source_of(adata, layer, memory=memory, output=output, n_top_genes=n_top_genes, store=store)
     where, seed, key_added = device_of(device), seed_of(seed), check_key("key_added", key_added)
-    kind, chosen = program_of(program)
-    given = {"max_epochs": max_epochs, "n_latent": n_latent, "batch_size": batch_size}
-    options = {**chosen, **{name: value for name, value in given.items() if value is not None}, **options}
-    if size_factor_key is not None:
-        if kind.kind != "counts" or kind.of_images:
-            models = "images" if kind.of_images else "real numbers"
-            raise ValueError(f"size_factor_key belongs to models of counts; {kind.name!r} models {models}.")
-        options = {"library": "size_factor", **options}
-    if labels_key is not None:
-        if not kind.takes_labels:
-            able = " and ".join(repr(name) for name, each in PROGRAMS.items() if each.takes_labels)
-            raise ValueError(
-                f"labels_key belongs to programs with a mixture prior, {able}; {kind.name!r} takes no labels: leave "
-                "labels_key out, or name another program."
-            )
-        options = {"prior": "mixture", **options}
-    training, options = split_options(kind, options)
-    if kind.of_images and image_key is None:
-        raise ValueError(f"{kind.name!r} models images: name the key of adata.obsm that holds them, image_key=….")
-    if image_key is not None and not kind.of_images:
-        raise ValueError(f"image_key belongs to models of images; {kind.name!r} models the values of genes.")
     how: dict[str, Any] = {
-        "kind": kind.kind_of(options),
         "layer": layer,
         "use_rep": use_rep,
         "image_key": image_key,
@@ -244,67 +205,37 @@ def fit(
         "mask_var": mask_var,
         "check_counts": check_counts,
     }
-    is_first = rank_here() == 0  # of several processes, one speaks and writes
+    given = {"max_epochs": max_epochs, "n_latent": n_latent, "batch_size": batch_size}
+    given = {name: value for name, value in given.items() if value is not None}
+    kind, training, options = choice_of(program, given | options, how)
     with ranks_of(where) as ranks, checkpoints_in(checkpoint, checkpoint_minutes, resume) as checkpoints:
-        stored = None
-        if tables is None:
-            schema = read_schema(adata, **how)
-        else:
-            bar = partial(Progress, disable=not (progress and is_first))
-            how |= {"store": store, "n_top_genes": n_top_genes, "memory": budget, "seed": seed, "progress": bar}
-            stored = ranks.in_turn(partial(shuffled, adata, **how))  # which the first one makes
-            schema = stored.schema
+        is_first = ranks.rank == 0  # of several processes, one speaks
+        schema = source.schema({"kind": kind.kind_of(options), **how}, ranks, seed, progress)
         with alone(seed, where, gradient=True):
             made = kind(schema, **options)
-            if stored is None:
-                cells = read_cells(adata, schema, device=where, mask_var=mask_var, with_labels=True)
-            else:
-                cells = cells_of(stored, where, budget, training.batch_size)
+            cells = source.cells(schema, where, mask_var, training.batch_size)
             if is_first and schema.kind == "counts" and image_key is None and (unexpressed := cells.unexpressed()):
                 warnings.warn(
                     f"No cell has a count of {some(unexpressed, 'gene')}: leave such genes out.", stacklevel=2
                 )
             made.to(where).initialise(cells)
-            check_writable(adata if tables is None else results.there_will_be(tables), made, cells, key_added)
+            check_writable(source.written_to, made, cells, key_added)
             if progress and is_first:
-                _say_what_is_fitted(made, cells, (adata if tables is None else tables).n_vars, mask_var)
+                _say_what_is_fitted(made, cells, source.n_vars, mask_var)
             try:
                 if checkpoints is not None:
                     checkpoints.belong_to(made, cells, training, seed, ranks)
                 course = train(made, cells, training, ranks=ranks, progress=progress, checkpoints=checkpoints)
             except NonFiniteLoss as error:
-                names = ", ".join(_names_of(error.rows[:5], adata, stored))
                 error.args = (
                     f"The loss is not finite at step {error.step}, site {error.site!r}, in {len(error.rows)} cells "
-                    f"({names}). Look at those cells, or pass a smaller learning_rate. "
-                    + ("The AnnData is unchanged." if stored is None else "No result was written."),
+                    f"({', '.join(source.names(error.rows[:5]))}). Look at those cells, or pass a smaller "
+                    f"learning_rate. {source.unchanged}",
                 )
                 raise
         fitted = Fitted(made, course, {"seed": seed, **training.as_dict()}, key_added)
-        if tables is None:
-            fitted._write(adata, cells)
-        elif output is not None and is_first:
-            fitted._write_files(tables, output, key_added, budget, progress=progress)
+        source.write(fitted, is_first, progress)
     return fitted
-
-
-_MEMORY = 2_000_000_000  # bytes for cells in files
-
-
-def _check_in_memory(**given: Any) -> None:
-    """Refuse what belongs to cells in files."""
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name} belongs to cells in files, fit('cells.h5ad', …); this AnnData is in memory: leave {name} out."
-            )
-
-
-def _names_of(rows: Sequence[int], adata: Any, stored: Store | None) -> list[str]:
-    """Return what cells at fault are called in a message."""
-    if stored is None:
-        return [repr(str(name)) for name in adata.obs_names[rows]]
-    return [f"row {row:,} of {stored.files[file]}" for file, row in zip(*stored.origin(rows), strict=True)]
 
 
 def _say_what_is_fitted(program: Program, cells: Cells, n_vars: int, mask_var: str | None) -> None:
@@ -321,72 +252,3 @@ def _say_what_is_fitted(program: Program, cells: Cells, n_vars: int, mask_var: s
     say(f"scvae: {program.name}, {len(cells):,} cells × {what}{batches}, on {cells.device}")
     if schema.kind == "counts" and cells.device.type == "cpu" and not loops_are_compiled():
         say("scvae: compiling, once after an installation, which takes some ten seconds")
-
-
-def program_of(program: str | type[Program] | Options) -> tuple[type[Program], dict[str, Any]]:
-    """Return the class of a program, and the options that it was named with."""
-    if isinstance(program, Options) and program.program is not None:
-        return program.program, program.as_dict()
-    if isinstance(program, str):
-        if program not in PROGRAMS:
-            raise ValueError(
-                f"There is no program {program!r}{_meant(program, PROGRAMS)}; there are "
-                f"{', '.join(map(repr, PROGRAMS))}."
-            )
-        return PROGRAMS[program], {}
-    if not (isinstance(program, type) and issubclass(program, Program)):
-        raise TypeError(
-            "program is a name, the options of a program, or a class derived from scvae.programs.Program, not "
-            f"{program!r}."
-        )
-    return program, {}
-
-
-def split_options(kind: type[Program], options: Mapping[str, Any]) -> tuple[Training, dict[str, Any]]:
-    """Return the training, and what is left for the program.
-
-    Raises
-    ------
-    TypeError
-        If neither has an option of that name.
-    ValueError
-        If one is of another type or out of its range.
-    """
-    of_training, of_program = Training.names(), kind.option_names()
-    for name in options:
-        if name not in of_training and of_program is not None and name not in of_program:
-            raise TypeError(
-                f"There is no option {name!r}{_meant(name, [*of_program, *of_training])}. Options of the program "
-                f"{kind.name!r}: {', '.join(of_program)}; of the training: {', '.join(of_training)}."
-            )
-    given = {name: value for name, value in options.items() if name in of_training}
-    rest = {name: value for name, value in options.items() if name not in of_training}
-    if kind.Options is not None:
-        known = {name: value for name, value in rest.items() if name in kind.Options.names()}
-        rest |= {name: getattr(kind.Options(**known), name) for name in known}
-    return Training(**{**kind.defaults, **given}), rest
-
-
-#: What is called otherwise elsewhere.
-_ELSEWHERE = {
-    "early_stopping": "patience; training ends by itself when the bound of held-out cells has stopped rising",
-    "early_stopping_patience": "patience",
-    "train_size": "validation_fraction",
-    "validation_size": "validation_fraction",
-    "epochs": "max_epochs",
-    "n_epochs": "max_epochs",
-    "lr": "learning_rate",
-    "gene_likelihood": "likelihood",
-    "use_observed_lib_size": "library='observed'",
-    "n_epochs_kl_warmup": "kl_warmup, a fraction of the steps",
-    "use_gpu": "device",
-    "accelerator": "device",
-    "random_state": "seed",
-}
-
-
-def _meant(name: str, names: Any) -> str:
-    """Return what a name may have been meant for, for a message."""
-    near = difflib.get_close_matches(name, list(names), 1)
-    found = _ELSEWHERE.get(name) or (repr(near[0]) if near else "")
-    return f" (did you mean {found}?)" if found else ""

@@ -19,10 +19,11 @@ from scvae.boundary.keys import check_free, check_key
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.boundary.process import device_of
 from scvae.boundary.ranks import check_alone
+from scvae.choices import program_of, split_options
 from scvae.configurations import arguments_of, drawn_split, naming, needed, schemas_of
 from scvae.data.order import n_minibatches
 from scvae.fitted import Fitted
-from scvae.fitting import fit, program_of, split_options
+from scvae.fitting import fit
 from scvae.inference.progress import Progress
 from scvae.inference.svi import NonFiniteLoss, Training
 from scvae.kernels.operations import loops_are_compiled

@@ -444,7 +444,7 @@ def _check_options(program: str, options: dict[str, Any]) -> None:
     """Refuse options that there are not, and values out of their range, before anything is read."""
     import inspect
 
-    from scvae.fitting import fit, program_of, split_options
+    from scvae.choices import program_of, split_options
     from scvae.inference.svi import Training
 
     kind, _ = program_of(program)
