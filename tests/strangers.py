@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 
 import scvae
+from scvae.data.store import open_store
+from scvae.inference.svi import NonFiniteLoss
 
 MOST_SECONDS = 1.0  # of the processor
 MOST_BYTES = 200 << 20  # of memory, beyond what was there
@@ -153,7 +155,7 @@ def with_header(header, data):
 def changed_header(draw, weights):
     """Let a tensor be of another type, shape or place, or two have each other's."""
     header, data = header_of(weights)
-    one, other = draw.sample(sorted(header), 2)
+    one, other = draw.sample(sorted(header.keys() - {"__metadata__"}), 2)
     change = draw.randrange(7)
     if change == 0:
         header[one]["dtype"] = draw.choice(
@@ -180,11 +182,11 @@ def changed_header(draw, weights):
 def changed_numbers(draw, weights):
     """Put NaN, the infinite or the huge into the weights, or exchange the numbers of two tensors."""
     header, data = header_of(weights)
-    one = draw.choice([name for name in sorted(header) if header[name]["dtype"] == "F32"])
+    one = draw.choice([name for name in sorted(header) if header[name].get("dtype") == "F32"])
     start, end = header[one]["data_offsets"]
     number = draw.choice([math.nan, math.inf, -math.inf, 3e38, -3e38, 1e-45, 0.0, -1.0])
     if draw.random() < 0.3:
-        alike = [name for name in header if header[name]["shape"] == header[one]["shape"] and name != one]
+        alike = [name for name in header if header[name].get("shape") == header[one]["shape"] and name != one]
         if alike:
             other = draw.choice(alike)
             header[one]["data_offsets"], header[other]["data_offsets"] = (
@@ -305,7 +307,7 @@ def numbers_of(model):
     return state, model.program.schema, model.program.options, repr(course), model.training, model.key_added
 
 
-def judged(load, folder, expected, numbers_of=numbers_of):
+def judged(load, folder, expected, numbers_of=numbers_of, errors=(ValueError, FileNotFoundError)):
     """Load a mutant, and return what became of it: ``error``, ``same``, or ``other``, with the seconds and the bytes.
 
     Raises
@@ -317,15 +319,15 @@ def judged(load, folder, expected, numbers_of=numbers_of):
     loaded = error = None
     try:
         loaded = load(folder)
-    except (ValueError, FileNotFoundError) as caught:
+    except errors as caught:
         error = caught
     seconds, taken = time.process_time() - start, peak() - before
     assert seconds < MOST_SECONDS, f"{seconds:.2f} s"
     assert taken < MOST_BYTES, f"{taken >> 20} MiB"
     if error is None:
         return "same" if numbers_of(loaded) == expected else "other", seconds, taken
-    assert type(error) in (ValueError, FileNotFoundError), f"{type(error).__name__}: {error}"
-    assert str(folder) in str(error), error
+    assert type(error) in errors, f"{type(error).__name__}: {error}"
+    assert str(folder) in str(error) or isinstance(error, NonFiniteLoss), error
     assert len(str(error)) < 1000, error
     return "error", seconds, taken
 
@@ -375,3 +377,94 @@ def mutant(seed, base, folder):
     change = draw.choice(MUTATIONS)
     change(draw, folder, *files_of(base))
     return change.__name__
+
+
+# ---- Mutants of a store ------------------------------------------------------------------------------------
+
+
+def of_manifest(draw, manifest, cells):
+    return changed_bytes(draw, manifest), cells
+
+
+def signed_manifest(draw, manifest, cells):
+    head = json.loads(manifest)
+    head["content"] = changed_tree(draw, head["content"])
+    head["sha256"] = hashlib.sha256(json.dumps(head["content"], sort_keys=True).encode()).hexdigest()
+    return json.dumps(head).encode(), cells
+
+
+def signed_pieces(draw, manifest, cells):
+    """Let the arrays of the cells begin, end or be of types elsewhere."""
+    head = json.loads(manifest)
+    content = head["content"]
+    change = draw.randrange(3)
+    if change == 0:
+        content[draw.choice(["n_cells", "nnz", "block", "most_nonzeros", "n_bytes"])] = strange(draw)
+    else:
+        piece = content["pieces"][draw.choice(sorted(content["pieces"]))]
+        huge = [0, 1, -1, 2**31, 2**40, 2**63, 10**30, 1.5, "1"]
+        piece[draw.randrange(3)] = draw.choice([*huge, "<i8", "|O", "<f2", "|S0", "<M8[s]"])
+    head["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(head).encode(), cells
+
+
+def of_cells(draw, manifest, cells):
+    return manifest, changed_bytes(draw, cells)
+
+
+STORE_MUTATIONS = (of_manifest, signed_manifest, signed_pieces, of_cells)
+
+
+def store_mutant(seed, base, folder):
+    """Make a mutant of a store in an empty folder, and return the name of the mutation."""
+    draw = random.Random(seed)
+    change = draw.choice(STORE_MUTATIONS)
+    files = change(draw, *((base / name).read_bytes() for name in ("manifest.json", "cells.h5ad")))
+    for name, content in zip(("manifest.json", "cells.h5ad"), files, strict=True):
+        (folder / name).write_bytes(content)
+    return change.__name__
+
+
+def read_store(folder):
+    """Read all that is in a store."""
+    store = open_store(folder)
+    try:
+        rows = store.read(0, len(store))
+        arrays = {**vars(rows), **store.statistics}
+        return {name: array.tobytes() for name, array in arrays.items() if array is not None}
+    finally:
+        store.close()
+
+
+# ---- Mutants of a checkpoint -------------------------------------------------------------------------------
+
+
+def checkpoint_mutant(seed, base, folder):
+    """Make a mutant of the newest checkpoint of a folder, in an empty one, and return the name of the mutation."""
+    draw = random.Random(seed)
+    paths = sorted(base.glob("step-*"))
+    for path in paths[:-1]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = paths[-1].read_bytes()
+    changes = (changed_bytes, other_length, changed_header, changed_numbers, changed_state)
+    change = draw.choice(changes)
+    near = {"near": 8 + struct.unpack("<Q", content[:8])[0]} if change is changed_bytes and draw.random() < 0.7 else {}
+    content = change(draw, content, **near)
+    is_signed = draw.random() < 0.7
+    name = paths[-1].name
+    if is_signed:
+        name = f"{name.rsplit('-', 1)[0]}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    (folder / name).write_bytes(content)
+    return f"{'signed' if is_signed else 'of'}_{change.__name__}"
+
+
+def changed_state(draw, checkpoint):
+    """Change what a checkpoint says beside its tensors."""
+    header, data = header_of(checkpoint)
+    content = json.loads(header["__metadata__"]["scvae"])
+    if draw.random() < 0.7:
+        content["run"] = changed_tree(draw, content["run"])
+    else:
+        content = changed_tree(draw, content)
+    header["__metadata__"]["scvae"] = json.dumps(content)
+    return with_header(header, data)

@@ -118,9 +118,8 @@ def release(version):
 def test_the_extra_for_development_brings_what_the_tests_import():
     groups = PROJECT["optional-dependencies"]
     brought = names(PROJECT["dependencies"]).union(*(names(groups[group]) for group in ("dev", "demo", "workflow")))
-    brought |= (
-        names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"]) | {"h5py", "scvae", "conftest"}
-    )
+    brought |= names(groups["analysis"]) | names(groups["cli"]) | names(groups["datasets"])
+    brought |= {"h5py", "scvae"} | {path.stem for path in (ROOT / "tests").glob("*.py")}
     distribution = {
         "pyro": "pyro-ppl",
         "sklearn": "scikit-learn",

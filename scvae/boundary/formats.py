@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +101,7 @@ def write(adata: AnnData, path: str | Path) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Writing zarr v2")  # either is read
             if is_zarr:
-                files.write_folder(path, adata.write_zarr)
+                files.write_folder(path, partial(_write_zarr, adata))
             else:
                 files.write_file(path, partial(_write_h5ad, adata))
     except (OSError, MemoryError):
@@ -118,6 +119,23 @@ def _write_h5ad(adata: AnnData, path: Path) -> None:
         adata.strings_to_categoricals(adata.raw.var)
     with hdf5.opened(path, "w") as file:
         write_elem(file, "/", adata)
+
+
+def _write_zarr(adata: AnnData, path: Path) -> None:
+    try:
+        adata.write_zarr(path)
+    except BaseException:
+        with suppress(Exception):  # zarr 2 has no tasks
+            from zarr.core.sync import sync
+
+            sync(_all_done())  # or else they would write on into a folder that is removed
+        raise
+
+
+async def _all_done() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if tasks:
+        await asyncio.wait(tasks, timeout=60)
 
 
 def _read_hdf5(path: Path, kind: str) -> AnnData:

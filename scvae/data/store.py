@@ -123,13 +123,22 @@ class Store:
         self._pieces = {
             name: _Piece(first, length, np.dtype(dtype)) for name, (first, length, dtype) in content["pieces"].items()
         }
+        self._checked: Sequence[str] = content["checked"]
         try:
             self._file = open(path / CELLS, "rb", buffering=0)
         except OSError as error:
             raise _damaged(path, f"{CELLS} cannot be opened ({error.strerror})") from error
+        try:
+            self._look(content)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _look(self, content: Mapping[str, Any]) -> None:
+        """Check that the file is what the manifest describes, and read what is of all cells."""
         n_bytes = os.fstat(self._file.fileno()).st_size
         if n_bytes != content["n_bytes"]:
-            raise _damaged(path, f"{CELLS} has {n_bytes:,} bytes of {content['n_bytes']:,}")
+            raise _damaged(self.path, f"{CELLS} has {n_bytes:,} bytes of {content['n_bytes']:,}")
         self._check_pieces(content["shapes"], n_bytes)
         self.statistics = {
             name.removeprefix("statistics/"): self._verified(name, crc).reshape(content["shapes"][name])
@@ -140,7 +149,6 @@ class Store:
         #: Of all that the cells hold; other cells, or the same in another order, have another.
         self.digest = _digest(content["checksums"])
         self._is_verified = np.zeros(len(self._checksums), dtype=bool)
-        self._checked: Sequence[str] = content["checked"]
         self._most = {"genes": self.n_genes, "labels": len(self.schema.labels), "file": len(self.files)}
         self._most |= {f"codes/{i}": n for i, n in enumerate(self.schema.widths)}
 
@@ -149,7 +157,9 @@ class Store:
 
         What is allocated is then no more than what is in the file.
         """
-        if self.n_cells < 1 or self.block < 1 or not 0 <= self.most_nonzeros <= self.nnz:
+        numbers = [self.n_cells, self.nnz, self.block, self.most_nonzeros]
+        are_whole = all(isinstance(number, int) for number in numbers)
+        if not are_whole or self.n_cells < 1 or self.block < 1 or not 0 <= self.most_nonzeros <= self.nnz:
             raise _damaged(self.path, f"{_MANIFEST} describes no cells")
         covariates = [f"codes/{i}" for i in range(len(self.schema.categories))]
         covariates += [f"continuous/{i}" for i in range(len(self.schema.continuous))]
@@ -166,7 +176,8 @@ class Store:
         for name in (*lengths, *covariates, "library_size", "log_factorial", "file", "row"):
             piece = self._pieces[name]
             kinds = _TYPES.get(name.split("/")[0], "i")
-            is_within = 0 <= piece.first and 0 <= piece.length and piece.end <= n_bytes
+            are_whole = isinstance(piece.first, int) and isinstance(piece.length, int)
+            is_within = are_whole and 0 <= piece.first and 0 <= piece.length and piece.end <= n_bytes
             if not is_within or piece.length != lengths.get(name, self.n_cells) or piece.dtype.kind not in kinds:
                 raise _damaged(self.path, f"{name} does not lie where {_MANIFEST} says")
             if name.startswith("statistics/") and math.prod(shapes[name]) != piece.length:
@@ -357,7 +368,8 @@ class Store:
         found = checksum(
             [zlib.crc32(bytes_of(self._array(name, *bounds.get(name, (first, last))))) for name in self._checked]
         )
-        if found != self._checksums[block]:
+        genes = self._array("genes", *bounds["genes"])
+        if found != self._checksums[block] or (len(genes) and not 0 <= genes.min() <= genes.max() < self.n_genes):
             raise self._damage(first, last)
         self._is_verified[block] = True
 
@@ -401,8 +413,8 @@ def open_store(path: str | Path) -> Store:
         return Store(path, content)
     except _Damaged:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise _damaged(path, f"{_MANIFEST} does not describe a store") from error
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+        raise _damaged(path, f"{_MANIFEST} describes no store ({type(error).__name__}: {str(error)[:100]})") from error
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 Usage, from the root of the repository (results in checkpoints.md):
 
-    python tests/benchmarks/checkpoints.py steps      # each of 64 steps, recorded or not, every kind: bitwise equal
+    python tests/benchmarks/checkpoints.py steps      # each of 64 steps, recorded or not, every kind (or those named)
     python tests/benchmarks/checkpoints.py kills      # 200 times SIGKILL, and resume: bitwise equal, nothing left
     python tests/benchmarks/checkpoints.py signals    # INT, TERM, USR1 in each phase (or those named), five times
     python tests/benchmarks/checkpoints.py cost       # bytes and milliseconds of a checkpoint
@@ -99,7 +99,7 @@ def every_step():
     From every eighth step it is followed to the end.
     """
     adata = simulated(200, 40)
-    for kind in KINDS:
+    for kind in GIVEN or KINDS:
         for is_recorded in (True, False):
             with alone(0, torch.device("cpu"), gradient=True), unchecked():
                 with closing(made(adata, kind, is_recorded, 0)) as run:

@@ -48,10 +48,8 @@ def main() -> None:
     n = options.parse_args().n
     warnings.simplefilter("ignore")
     adata = scvae.datasets.simulated_batches(n_cells=60, n_genes=12, n_batches=2, library_size=100, seed=0)
-    print(
-        "| fits | resident memory, MiB | open files | threads | tensors | objects |\n"
-        "| --- | --- | --- | --- | --- | --- |"
-    )
+    print("| fits | resident memory, MiB | open files | threads | tensors | objects |")
+    print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as name:
         for i in range(1, n + 1):
             once(adata, Path(name), i)

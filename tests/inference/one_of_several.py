@@ -157,19 +157,9 @@ class Still(TorchDispatchMode):
         return result
 
 
-def stepped(rank, program="zinb", n_steps=40, size=32, rate=1e-3, eps=1e-8, **options):
-    """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay.
-
-    Weights whose gradient is nothing but rounding are moved by Adam as far as any other, unless its epsilon is larger.
-    """
+def stepped(rank, program="zinb", n_steps=40, size=32, rate=1e-3, **options):
+    """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay."""
     torch.set_num_threads(1)
-    if eps != 1e-8:
-        adam, given = torch._fused_adamw_, {k: options[k] for k in options}
-        torch._fused_adamw_ = lambda *tensors, **how: adam(*tensors, **how | {"eps": eps})
-        try:
-            return stepped(rank, program, n_steps, size, rate, **given)
-        finally:
-            torch._fused_adamw_ = adam
     adata = data(program)
     options = (
         {"n_latent": 3} | ({"n_hidden": 8} if program not in ("pose", "matrix_normal") else {"n_layers": 2}) | options
