@@ -33,7 +33,7 @@ def fitted(request, path, fit, folder):
         source = folder / "cells.zarr"
         anndata.read_h5ad(path).write_zarr(source)
     if request.param == "window":
-        how["memory"] = "30kB"
+        how["memory"] = "31kB"
     output = folder / f"out-{request.param}.{'zarr' if request.param == 'zarr' else 'h5ad'}"
     windows = []
     made = StoredCells.__init__

@@ -121,14 +121,14 @@ def speed(path: Path, memory: str, turns: int) -> dict:
     from scvae.boundary.options import bytes_of
     from scvae.boundary.process import alone
     from scvae.data.cells import Cells
-    from scvae.data.shuffling import shuffled
+    from scvae.data.store import open_store
     from scvae.data.stored import StoredCells
     from scvae.inference.pace import pace_of
     from scvae.inference.svi import Run, Training
     from scvae.programs import ZINB
 
     warnings.simplefilter("ignore")
-    store = shuffled(path, kind="counts", batch_key="batch", memory=bytes_of("memory", memory))
+    store = open_store(f"{path}.scvae")  # which the fit has made
     cells = {
         "in memory": Cells.of_rows(store.read(0, min(IN_MEMORY, len(store))), store.schema),
         "on disk": StoredCells(store, "cpu", bytes_of("memory", memory), 128),

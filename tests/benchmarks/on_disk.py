@@ -22,9 +22,6 @@ import pandas as pd
 
 from data import simulated
 
-#: Minibatches in the window: of the few cells of ``cell_lines``, a third; of the others what is usual.
-WINDOW = {"cell_lines": 2, "simulated": 64}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,7 +58,7 @@ def fitted(adata: anndata.AnnData, name: str, label: str, arguments: argparse.Na
     whole, cells = folder / f"{name}.h5ad", folder / f"{name}-train.h5ad"
     adata.write_h5ad(whole)
     train.write_h5ad(cells)
-    fitting.cells_of, stored._MINIBATCHES = stored.StoredCells, WINDOW[name]  # the store is never loaded whole
+    fitting.cells_of = stored.StoredCells  # the store is never loaded whole
     rows, paths = [], []
     for seed in arguments.seeds:
         for where, source in (("in memory", train), ("on disk", cells)):
