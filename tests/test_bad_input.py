@@ -375,10 +375,9 @@ def test_a_program_is_a_name_or_a_program(adata, refused, program):
 
 
 def test_what_is_not_an_anndata_is_refused(fit):
-    with pytest.raises(
-        TypeError,
-        match=r"adata is an AnnData, not a str: read the file first, adata = anndata.read_h5ad\('cells.h5ad'\)",
-    ):
+    with pytest.raises(TypeError, match="adata is an AnnData, not a "):
+        fit(np.ones((3, 2)))
+    with pytest.raises(FileNotFoundError, match="no such file: cells.h5ad"):
         fit("cells.h5ad")
 
 

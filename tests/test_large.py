@@ -161,7 +161,9 @@ def test_a_backed_anndata_goes_by_the_store_where_memory_is_given(path, fit, tmp
 
 def test_highly_variable_genes_are_chosen_of_a_file(path, fit):
     pytest.importorskip("skmisc")
-    assert len(fit(path, n_top_genes=10).genes) == 10
+    assert len(fit(path, n_top_genes=25).genes) == 25
+    with pytest.raises(ValueError, match=r"none of the 4 highly variable genes has a count there. Choose more"):
+        fit(path, n_top_genes=4)
 
 
 def test_an_error_while_results_are_written_leaves_the_old_file(fitted, tmp_path, monkeypatch):

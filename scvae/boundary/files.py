@@ -205,9 +205,9 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], bytes]:
         description = _read(path / _DESCRIPTION, _MOST_DESCRIPTION)
         try:
             file = json.loads(description.decode())
-            form, content = file["format"], file["content"]
+            form, content = file["format"], file.get("content")
             canonical = _canonical(content)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError(f"{path / _DESCRIPTION} is damaged: it is not the JSON that scvae writes.") from None
         if form != _FORMAT:
             raise ValueError(

@@ -84,19 +84,19 @@ def read_schema(
         _, names = _named(adata, key)
         if len(names) == 1:
             warnings.warn(
-                f"{where_of(key)} has the single category {name_of(names[0])!r}, so it explains nothing.", stacklevel=3
+                f"{where_of(key)} has the single category {name_of(names[0])!r}, so it explains nothing.", stacklevel=4
             )
         categories[key] = tuple(names)
     continuous = {}
     for key in names_of("continuous_covariate_keys", continuous_covariate_keys):
         values = _numbers(adata, key)
         if values.min() == values.max():
-            warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=3)
+            warnings.warn(f"adata.obs[{key!r}] is {values[0]:g} in all cells, so it explains nothing.", stacklevel=4)
         continuous[key] = (float(values.mean()), float(values.std()) if values.min() < values.max() else 1.0)
     y, labels = (np.empty(0), []) if labels_key is None else labels_of(adata, labels_key, unlabeled)
     if labels_key is not None and len(labels) < 2:
         what = f"the single label {labels[0]!r}, so it tells nothing apart" if labels else "no label"
-        warnings.warn(f"{where_of(labels_key)} names {what}.", stacklevel=3)
+        warnings.warn(f"{where_of(labels_key)} names {what}.", stacklevel=4)
     return Schema(
         genes=tuple(genes),
         kind=kind,

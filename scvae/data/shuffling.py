@@ -216,7 +216,7 @@ def _read(
                 warnings.simplefilter("always")
                 counts = _checked(block, int(start) + block.first, column, schema, part, refuse_empty)
             if found and not has_warned:
-                warnings.warn(str(found[0].message), stacklevel=5)
+                warnings.warn(str(found[0].message), stacklevel=6)
                 has_warned = True
             if bar is not None:
                 bar.update(block.last - block.first)
