@@ -329,7 +329,8 @@ class Cells:
         rows = torch.cat([*parts])
         lengths = self.offsets[rows + 1] - self.offsets[rows]
         ends = torch.tensor([len(part) for part in parts], device=self.device).cumsum(0)
-        return torch.diff(lengths.cumsum(0)[ends - 1], prepend=lengths.new_zeros(1)).tolist()
+        before = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])  # a part may be empty
+        return torch.diff(before[ends], prepend=lengths.new_zeros(1)).tolist()
 
     def most_nonzeros(self, n: int) -> int:
         """Return how many non-zeros `n` cells have at most: those of the cells that have most; waits for the device."""
