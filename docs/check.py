@@ -1,4 +1,7 @@
-"""Follow every link within the built pages, and look for mathematics that was left as TeX: python docs/check.py FOLDER."""
+"""Follow every link within the built pages, and look for mathematics that was left as TeX.
+
+``python docs/check.py FOLDER``; the exit code is 1 where something is wrong.
+"""
 
 import re
 import sys
@@ -8,7 +11,9 @@ from urllib.parse import unquote, urlsplit
 
 # Pages that Sphinx makes, and whose links are those of the other pages.
 MADE = {"genindex.html", "py-modindex.html", "search.html"}
-TEX = re.compile(r"\$\$|\\(begin|frac|mathcal|mathrm|text|theta|sigma|mu|sum|sim)\b|(?<![\w$])\$[^\s$][^$\n]{0,60}\\[a-z]+[^$\n]*\$")
+TEX = re.compile(
+    r"\$\$|\\(begin|frac|mathcal|mathrm|text|theta|sigma|mu|sum|sim)\b|(?<![\w$])\$[^\s$][^$\n]{0,60}\\[a-z]+[^$\n]*\$"
+)
 
 
 class Page(HTMLParser):

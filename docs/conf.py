@@ -58,7 +58,8 @@ bibtex_reference_style = "author_year"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
 
-# Links to other documentation need only the names in references.txt; with SCVAE_DOCS_ONLINE=1 whole inventories are fetched.
+# Links to other documentation need only the names in references.txt; with SCVAE_DOCS_ONLINE=1 whole inventories are
+# fetched.
 online = os.environ.get("SCVAE_DOCS_ONLINE") or os.environ.get("READTHEDOCS")
 intersphinx_mapping = {
     project: (address, None if online else str(inventory))
@@ -69,7 +70,10 @@ suppress_warnings = ["config.cache"]  # of the function that is an option of aut
 nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"pyro\..*|torch\.(distributions|optim)\..*"),  # whose inventories name them otherwise, or not at all
-    (r"py:class", r"scvae\.(.*\._\w+|boundary\.(ranks|signals)\..*|data\.(order|tables)\..*|inference\.(recording|steps)\..*)"),  # within
+    (
+        r"py:class",
+        r"scvae\.(.*\._\w+|boundary\.(ranks|signals)\..*|data\.(order|tables)\..*|inference\.(recording|steps)\..*)",
+    ),  # within
     (r"py:class", r"scvae\.modules\.(em\.EM|codebook\.UniformCodes)"),
     (r"py:(data|class)", r"(scvae\.boundary\.options\.)?(Whole|Positive|NonNegative|Fraction|Flag|Range)"),
 ]
@@ -83,6 +87,7 @@ html_theme_options = {
     "use_issues_button": True,
     "path_to_docs": "docs",
     "show_navbar_depth": 1,
+    "navbar_persistent": [],
 }
 
 warnings.filterwarnings("ignore", module="sphinx_autodoc_typehints")  # of what Sphinx 10 takes away
