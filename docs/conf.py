@@ -46,6 +46,7 @@ autosummary_generate = True
 always_use_bars_union = True
 typehints_defaults = "braces-after"
 typehints_formatter = generate.typed
+typehints_document_rtype_none = False
 autodoc_inherit_docstrings = False  # of torch
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False

@@ -257,7 +257,7 @@ def messages() -> Iterator[str]:
             for name in [each for each in left if each == place or each.startswith(f"{place}/")]:
                 rows += messages_in(left.pop(name))
         yield f"\n### {subject}\n"
-        yield from (f"- {kind}: {cell_free(text)}" for kind, text in dict.fromkeys(rows))
+        yield from (f"- *{kind}*: {plain(text)}" for kind, text in dict.fromkeys(rows))
     if any(messages_in(path) for path in left.values() if path.name != "__init__.py"):
         raise ValueError(f"Say in docs/generate.py what the messages of {', '.join(left)} are about.")
 
@@ -272,7 +272,7 @@ def messages_in(path: Path) -> list[tuple[str, str]]:
             kind, arguments = "warning", node.args
         else:
             continue
-        text = " ".join(worded(arguments[0]).split()) if arguments else ""
+        text = re.sub(r"…[…\s]*…", "…", " ".join(worded(arguments[0]).split())) if arguments else ""
         if len(re.sub(r"\W", "", text)) >= 15:
             found.append((kind, text))
     return found
@@ -289,7 +289,7 @@ def worded(node: ast.expr) -> str:
     return "…"
 
 
-def cell_free(text: str) -> str:
+def plain(text: str) -> str:
     """Return a message as text, in which no sign is taken for markup."""
     return re.sub(r"([\\`*_{}\[\]<>|$~#])", r"\\\1", text)
 
