@@ -4,7 +4,9 @@
 #              the tests with the lowest versions that pyproject.toml admits, for Python 3.11
 # make lint    ruff and mypy
 # make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
-# make docs    build the documentation into docs/_build
+# make docs    build the documentation into docs/_build/html, offline, and follow its links; the tutorials as they were saved
+# make docs-all
+#              the same, with all tutorials run again
 # make dist    build the wheel and the source archive, check them, and run the demonstration from the wheel alone
 # make clean   remove everything that make made
 #
@@ -17,7 +19,7 @@ BIN := $(VENV)/bin
 # is told otherwise: make test-lowest TORCH=2.6.0.
 TORCH ?= $(patsubst torch==%,%,$(shell grep '^torch==' constraints.txt))
 
-.PHONY: demo test test-lowest lint bench docs dist clean
+.PHONY: demo test test-lowest lint bench docs docs-all dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/scvae demo --overwrite
@@ -37,7 +39,12 @@ bench: $(VENV)/.installed-dev $(VENV)-peers/.installed
 	$(BIN)/python tests/benchmarks/bench.py --peer $(VENV)-peers/bin/python $(if $(DATA),--data $(DATA))
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	$(BIN)/python docs/check.py docs/_build/html
+
+docs-all: $(VENV)/.installed-docs $(VENV)/.installed-demo
+	OMP_NUM_THREADS=1 SCVAE_DOCS_NOTEBOOKS=force $(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+	$(BIN)/python docs/check.py docs/_build/html
 
 # The wheel is installed where nothing of the repository is, and run in a folder where nothing is.
 dist: $(VENV)-dist/.installed
@@ -49,8 +56,9 @@ dist: $(VENV)-dist/.installed
 	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/$(VENV)-wheel/bin/scvae demo && rm -r $$folder
 
 clean:
-	rm -rf $(VENV) $(VENV)-dist $(VENV)-lowest $(VENV)-peers $(VENV)-wheel build dist docs/_build scvae_demo htmlcov .coverage .coverage.* \
+	rm -rf $(VENV) $(VENV)-dist $(VENV)-lowest $(VENV)-peers $(VENV)-wheel build dist scvae_demo htmlcov .coverage .coverage.* \
 		.pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf docs/_build docs/api docs/benchmarks docs/fragments docs/tutorials docs/contributing.md
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last: an installation that was interrupted is taken up again by the next make.

@@ -991,7 +991,7 @@ def _place(name: str, like: Tensor, key: str) -> tuple[str, str]:
 
 
 def load(path: str | Path, *, program: type[Program] | None = None, device: str = "cpu") -> Fitted:
-    """Load a model that :meth:`Fitted.save` saved. No code is run from the files.
+    """Load a model that :meth:`scvae.Fitted.save` saved. No code is run from the files.
 
     Parameters
     ----------

@@ -100,7 +100,7 @@ def fit(
     n_latent
         Dimensions of the latent space; by default what the program takes, 20 of ``"zinb"``.
     max_epochs
-        Passes through the cells; by default as many as make a fixed number of steps.
+        Passes through the cells; by default the data decide when the training ends.
     batch_size
         Cells in a minibatch, at least 2; of several processes together, two for each.
     device

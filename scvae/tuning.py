@@ -51,12 +51,12 @@ _MARGIN = 1.2  # by which what was measured may be exceeded
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tuned:
-    """What :func:`tune` found.
+    """What :func:`scvae.tune` found.
 
     Parameters
     ----------
     table
-        A row for each configuration and round, as :func:`tune` describes it.
+        A row for each configuration and round, as :func:`scvae.tune` describes it.
     chosen
         Name of the configuration that was chosen.
     options
@@ -236,7 +236,7 @@ def tune(
 
 
 def small_changes(shared: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the configurations that :func:`tune` tries where none are given.
+    """Return the configurations that :func:`scvae.tune` tries where none are given.
 
     Parameters
     ----------

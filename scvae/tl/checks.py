@@ -50,7 +50,7 @@ _CLIP = 1e-12  # of u, in normal residuals
 
 @dataclass(frozen=True, eq=False)
 class PosteriorCheck:
-    """What :func:`posterior_check` found.
+    """What :func:`scvae.tl.posterior_check` found.
 
     Attributes
     ----------
