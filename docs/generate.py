@@ -234,7 +234,9 @@ SUBJECTS = {
         "boundary/containers boundary/keys data/reading data/schemas data/cells data/categories data/summary"
     ),
     "Files, folders and saved models": "boundary/files boundary/formats boundary/weights boundary/hdf5 saved",
-    "Cells in files": "sources data/tables data/store data/stored data/shuffling data/results data/variable_genes data/order",
+    "Cells in files": (
+        "sources data/tables data/store data/stored data/shuffling data/results data/variable_genes data/order"
+    ),
     "Options and configurations": "boundary/options configurations fitting choices comparing tuning",
     "Programs, priors and posteriors": "programs modules distributions kernels",
     "Training, checkpoints and several processes": "inference boundary/process boundary/ranks boundary/signals",

@@ -126,7 +126,12 @@ class InFiles:
 
     def schema(self, how: Mapping[str, Any], ranks: Ranks, seed: int, progress: bool) -> Schema:
         """Make the store, or find it, and return how its cells are read; of several processes the first makes it."""
-        of_store: dict[str, Any] = {"store": self.place, "n_top_genes": self.n_top_genes, "memory": self.memory, "seed": seed}
+        of_store: dict[str, Any] = {
+            "store": self.place,
+            "n_top_genes": self.n_top_genes,
+            "memory": self.memory,
+            "seed": seed,
+        }
         bar = partial(Progress, disable=not (progress and ranks.rank == 0))
         self.store: Store = ranks.in_turn(partial(shuffled, self.files, progress=bar, **of_store, **how))
         return self.store.schema

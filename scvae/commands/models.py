@@ -445,6 +445,7 @@ def _check_options(program: str, options: dict[str, Any]) -> None:
     import inspect
 
     from scvae.choices import program_of, split_options
+    from scvae.fitting import fit
     from scvae.inference.svi import Training
 
     kind, _ = program_of(program)

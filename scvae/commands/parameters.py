@@ -53,7 +53,8 @@ BatchKey = Annotated[
     typer.Option(help="Column of .obs with the batch of each cell; repeatable: columns are combined."),
 ]
 MaxEpochs = Annotated[
-    int | None, typer.Option(min=1, help="Passes through the cells. [default: by their number]", show_default=False)
+    int | None,
+    typer.Option(min=1, help="Passes through the cells. [default: as many as the data want]", show_default=False),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same numbers.")]
 EmbeddingKey = Annotated[str, typer.Option(help="Key of the embedding in .obsm.")]

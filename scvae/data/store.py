@@ -173,7 +173,7 @@ class Store:
         lengths |= {f"statistics/{name}": n_batches * self.n_genes for name in ("gene_sums", "gene_squares")}
         lengths |= {"statistics/library_sum": 1, "statistics/size_factor_sum": 1}
         lengths["statistics/n_labelled"] = len(self.schema.labels)
-        for name in (*lengths, *covariates, "library_size", "log_factorial", "file", "row"):
+        for name in {*lengths, *covariates, "library_size", "log_factorial", "file", "row", *self._checked}:
             piece = self._pieces[name]
             kinds = _TYPES.get(name.split("/")[0], "i")
             are_whole = isinstance(piece.first, int) and isinstance(piece.length, int)

@@ -1,5 +1,7 @@
 """What is no AnnData is answered by the line to type, the same in every function."""
 
+from functools import partial
+
 import anndata
 import numpy as np
 import pytest
@@ -39,13 +41,11 @@ def things(adata):
 @pytest.mark.parametrize("name", list(things(anndata.AnnData(np.ones((2, 2))))))
 def test_every_function_says_what_to_type(adata, model, fit, name):
     thing, message = things(adata)[name]
+    of_files = (fit, model.embed, model.denoise, model.transform)
     for ask in (
-        fit,
-        model.embed,
-        model.denoise,
+        *(() if isinstance(thing, str) else of_files),
         model.elbo,
         model.log_likelihood,
-        model.transform,
         scvae.pp.has_counts,
         lambda x: scvae.compare(x, {"a": {}}),
         lambda x: scvae.tl.cluster(x, 2),
@@ -54,6 +54,13 @@ def test_every_function_says_what_to_type(adata, model, fit, name):
     ):
         with pytest.raises(TypeError, match=message):
             ask(thing)
+
+
+@pytest.mark.parametrize("name", ["cells.h5ad", "cells.zarr"])
+def test_what_reads_files_says_that_there_is_none(model, fit, name):
+    for ask in (fit, model.embed, partial(model.denoise, layer_added="d", output="o.h5ad"), model.transform):
+        with pytest.raises(FileNotFoundError, match=f"no such file: {name}"):
+            ask(name)
 
 
 def test_the_lines_to_type_work(adata, fit, model):
