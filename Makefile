@@ -1,7 +1,8 @@
 # make demo    install and run the demonstration: five cell lines in three experiments
 # make test    install and run the tests, with line coverage
 # make test-lowest
-#              the tests with the lowest versions that pyproject.toml admits, for Python 3.11
+#              the tests with the lowest versions that pyproject.toml admits, for Python 3.11, but for those that take
+#              long and depend on the version of torch alone
 # make lint    ruff and mypy
 # make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
 # make docs    build the documentation into docs/_build/html, offline, and follow its links; the tutorials as they were saved
@@ -28,7 +29,7 @@ test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --cov --cov-report term-missing:skip-covered
 
 test-lowest: $(VENV)-lowest/.installed-$(TORCH)
-	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from scvae.data.shuffling import shuffled
 from scvae.data.store import open_store
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a handle is of is only known on Linux"),
     pytest.mark.filterwarnings("ignore:.*could not be flushed", "ignore:Writing zarr v2", "ignore:.*tries again"),
 ]

@@ -12,7 +12,7 @@ import strangers
 import scvae
 from scvae.data.shuffling import shuffled
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

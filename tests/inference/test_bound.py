@@ -16,6 +16,8 @@ from scvae.distributions import SparseCounts
 from scvae.inference import evidence
 from scvae.programs.zinb import ZINB
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = ["observed", "latent"]
 GUIDES = ["untrained", "fitted", "wide"]
 LATENTS = [("observed", "z"), ("latent", "z"), ("latent", "l")]

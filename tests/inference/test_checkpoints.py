@@ -26,6 +26,8 @@ from scvae.inference.pace import Fixed
 from scvae.inference.svi import Run, Training
 from scvae.programs import PROGRAMS
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 #: Program, its options, and keys of the reading.

@@ -33,6 +33,8 @@ from scvae.inference.steps import Step
 from scvae.kernels import operations
 from scvae.programs import PROGRAMS
 
+pytestmark = pytest.mark.slow
+
 SIZE, ROOM = 30, 700  # cells of a minibatch, and non-zeros that it has room for
 
 POSTERIORS = ["normal", "full", "low_rank", "iaf", "iaf_stable"]

@@ -11,6 +11,8 @@ from scvae.inference import pace, svi
 from scvae.inference.pace import Fixed, Pace, cores
 from scvae.modules.nets import BatchNorm, Linear, LinearWithCovariates, product_of
 
+pytestmark = pytest.mark.slow
+
 
 class Machine:
     """A clock on which steps take as long as the machine makes them."""

@@ -32,7 +32,10 @@ _spec = importlib.util.spec_from_file_location("one_of_several", WORKER)
 one = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(one)
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
+    pytest.mark.slow,
+]
 
 #: Every program, and with those that have a choice every posterior and prior.
 FITS = [
