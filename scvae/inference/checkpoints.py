@@ -315,6 +315,8 @@ class Checkpoints:
                 header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
                 content = json.loads(header["__metadata__"]["scvae"])
                 bound = float(content["bound"])
+                if not isinstance(content["of"], dict) or not isinstance(content["run"], dict):
+                    raise ValueError(f"{self.folder / name} holds no state of a training.")
                 if newest is None:
                     newest = name, content, load_tensors(data)
                 self.kept[step] = _Kept(self.folder / name, bound)
