@@ -84,8 +84,17 @@ class Shuffled:
         return {"n_passes": self.n_passes, "position": self.position}
 
     def restore(self, state: dict[str, int]) -> None:
-        """Go on where a training was."""
-        self.n_passes, self.position, self.parts = state["n_passes"], state["position"], []
+        """Go on where a training was.
+
+        Raises
+        ------
+        ValueError
+            If there is no such place.
+        """
+        n_passes, position = state["n_passes"], state["position"]
+        if not isinstance(n_passes, int) or n_passes < 0 or position not in range(self.n_parts + 1):
+            raise ValueError(f"it is at minibatch {position!r} of {self.n_parts:,} in pass {n_passes!r}")
+        self.n_passes, self.position, self.parts = n_passes, position, []
 
     def close(self) -> None:
         """Let go of what the order holds: of cells in memory, nothing."""

@@ -473,7 +473,17 @@ class Run:
         return content, tensors
 
     def restore(self, content: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on where a training of the same program, cells and settings was."""
+        """Go on where a training of the same program, cells and settings was.
+
+        Raises
+        ------
+        ValueError
+            If it never was there.
+        """
+        fall, until = content["fall"], content["until"]
+        is_within = isinstance(until, int) and int(tensors["step.count"]) <= until <= self.most
+        if not is_within or not (fall is None or (isinstance(fall, int) and 0 <= fall < until)):
+            raise ValueError(f"its training falls from step {fall!r} to {until!r}, and has {self.most:,} at most")
 
         def of(name: str) -> dict[str, Tensor]:
             return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
