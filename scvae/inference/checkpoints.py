@@ -198,7 +198,9 @@ class Checkpoints:
         try:
             run.restore(state, tensors)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"What is in {self.folder} is no checkpoint that scvae wrote ({str(error)[:200]}).") from error
+            raise ValueError(
+                f"What is in {self.folder} is no checkpoint that scvae wrote ({str(error)[:200]})."
+            ) from error
 
     def goes_on(self, run: Run) -> bool:
         """Write a checkpoint after a step, where one is due; return whether the training is to go on.
