@@ -55,6 +55,8 @@ def check_sparse(matrix: Any, where: str, names: Sequence[Any] | None = None) ->
     ValueError
         If it is none; the message names the first row.
     """
+    if matrix.data.dtype.kind not in "biufc":
+        raise ValueError(f"{where} is damaged: its values are no numbers ({matrix.data.dtype}).")
     n_rows, n_columns = matrix.shape if matrix.format == "csr" else matrix.shape[::-1]
     check_pointers(matrix.indptr, n_rows, min(len(matrix.data), len(matrix.indices)), where, names)
     check_indices(matrix.indices, matrix.indptr, n_columns, where, names)

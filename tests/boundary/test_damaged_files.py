@@ -1,5 +1,6 @@
 """Cells of strangers: a file that is damaged, or lies, is named with the row at fault, and nothing is read from it."""
 
+import inspect
 import json
 import os
 import pickle
@@ -134,7 +135,7 @@ FAULTS = {
     "fewer columns than values": (changed("X/indices", lambda a: a[:-2]), f"X is damaged in row {N - 1}"),
     "fewer values than columns": (changed("X/data", lambda a: a[:50]), "X is damaged in row 6"),
     "columns that are no whole numbers": (changed("X/indices", lambda a: a + 0.5), "X is damaged: .* float64"),
-    "text": (changed("X/data", lambda a: np.full(len(a), b"many")), "key 'X'"),
+    "text": (changed("X/data", lambda a: np.full(len(a), b"many")), "key 'X'|its values are no numbers"),
     "no cells": (gone("obs"), "it has no obs, which would name its cells"),
     "no genes": (gone("var"), "it has no var, which would name its genes"),
     "names of fewer cells": (changed("obs/batch/codes", lambda a: a[:-1]), "key 'obs'"),
@@ -162,7 +163,8 @@ def damaged(kind, cells, path, spoil):
         with h5py.File(path, "a") as file:
             spoil(file)
     else:
-        spoil(zarr.open_group(str(path), mode="a", use_consolidated=False))
+        is_new = "use_consolidated" in inspect.signature(zarr.open_group).parameters  # since zarr 3
+        spoil(zarr.open_group(str(path), mode="a", **({"use_consolidated": False} if is_new else {})))
 
 
 def written(kind, cells, path):

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import zarr
 from anndata import AnnData
 from scipy import sparse
 
@@ -99,6 +100,8 @@ def test_compressed_files_and_layers_are_read(adata, tmp_path, how):
 
 @pytest.mark.parametrize("form", [2, 3])
 def test_both_formats_of_zarr_are_read(adata, tmp_path, form):
+    if form > int(zarr.__version__.split(".")[0]):
+        pytest.skip("zarr 2 writes no format 3")
     with anndata.settings.override(zarr_write_format=form):
         adata.write_zarr(tmp_path / "cells.zarr")
     assert (read(tmp_path / "cells.zarr") != adata.X).nnz == 0
