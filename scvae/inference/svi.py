@@ -380,7 +380,7 @@ class Run:
         NonFiniteLoss
             If they are not.
         """
-        if not _is_finite([*self.step.parameters, *self.program.parameters(), *self.program.buffers()]):
+        if not _is_finite([*self.program.parameters(), *self.program.buffers()]):
             raise _fault(self.step, self.recent, self.ranks)
 
     def _shuffled(self) -> Shuffled:
