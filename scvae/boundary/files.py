@@ -103,10 +103,12 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
             _flush_folder(Path(folder))
         if place.is_dir() and os.name == "nt" and not overwrite:
             place.rmdir()  # an empty one, which other systems replace
-        if place.is_dir() and overwrite:
-            _exchange(part, place)  # and what was there goes
-        else:
+        try:
             os.rename(part, place)
+        except OSError:
+            if not (place.is_dir() and overwrite):
+                raise
+            _exchange(part, place)  # and what was there goes
     _flush_folder_of(place)
 
 
@@ -144,8 +146,7 @@ def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *,
         If it cannot be written; what was there is as it was.
     """
     place = _place(path)
-    if os.path.lexists(place) and not overwrite:
-        raise FileExistsError(f"{path} exists: pass overwrite=True to replace it.")
+    _check_free(path, place, overwrite)
     check_model(path)
     digest = _digest(weights)
     name = f"weights-{digest[:16]}.safetensors"
@@ -164,8 +165,14 @@ def write_model(path: str | Path, content: Mapping[str, Any], weights: bytes, *,
     with _telling(path):
         place.parent.mkdir(parents=True, exist_ok=True)
     if not place.exists():
-        write_folder(place, write)
-        return
+        try:
+            write_folder(place, write)
+            return
+        except OSError:
+            if not place.exists():
+                raise
+        _check_free(path, place, overwrite)  # another process has made it meanwhile
+        check_model(path)
     with _telling(path), alone(place):
         was_there = (place / name).exists()
         try:
@@ -389,6 +396,11 @@ def check_model(path: str | Path) -> None:
         raise NotADirectoryError(f"{path} cannot be made: {folder} is a file. Save to another folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{path}: the folder {folder} cannot be written to: save to another one.")
+
+
+def _check_free(path: str | Path, place: Path, overwrite: bool) -> None:
+    if os.path.lexists(place) and not overwrite:
+        raise FileExistsError(f"{path} exists: pass overwrite=True to replace it.")
 
 
 def check_output(

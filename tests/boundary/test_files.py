@@ -395,6 +395,47 @@ def test_two_processes_that_save_to_one_folder_leave_a_model(tmp_path):
     assert set(weights) == {n % 256}
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_model_that_another_process_made_meanwhile_is_replaced_or_named(tmp_path, monkeypatch, overwrite):
+    path, rename = tmp_path / "model", os.rename
+
+    def overtaken(part, place):
+        monkeypatch.undo()
+        files.write_model(path, *model_of(1))
+        rename(part, place)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    if overwrite:
+        files.write_model(path, *model_of(2), overwrite=True)
+    else:
+        with pytest.raises(FileExistsError, match="model exists: pass overwrite=True"):
+            files.write_model(path, *model_of(2))
+    assert numbers(path)[0] == (2 if overwrite else 1)
+    assert len(os.listdir(path)) == 2
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_replaced(tmp_path, monkeypatch):
+    path, rename = tmp_path / "store", os.rename
+
+    def write(content):
+        def write(part):
+            part.mkdir()
+            (part / "numbers").write_bytes(content)
+
+        return write
+
+    def overtaken(part, place):
+        monkeypatch.undo()
+        files.write_folder(path, write(b"other"))
+        rename(part, place)
+
+    monkeypatch.setattr(os, "rename", overtaken)
+    files.write_folder(path, write(b"new"), overwrite=True)
+    assert (path / "numbers").read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["store"]
+
+
 def test_a_fitted_model_gives_its_numbers_when_its_replacement_failed(model, fit, adata, tmp_path, monkeypatch):
     path = tmp_path / "model"
     model.save(path)
