@@ -233,7 +233,10 @@ SUBJECTS = {
     "Cells, counts and columns": (
         "boundary/containers boundary/keys data/reading data/schemas data/cells data/categories data/summary"
     ),
-    "Files, folders and saved models": "boundary/files boundary/formats boundary/weights boundary/hdf5 saved",
+    "Files, folders and saved models": (
+        "boundary/files boundary/locks boundary/models boundary/outputs boundary/formats boundary/weights "
+        "boundary/hdf5 saved"
+    ),
     "Cells in files": (
         "sources data/tables data/store data/stored data/shuffling data/results data/variable_genes data/order"
     ),

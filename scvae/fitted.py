@@ -21,9 +21,9 @@ from safetensors.torch import save as save_tensors
 from scipy import sparse
 from torch import Tensor
 
-from scvae.boundary import files
 from scvae.boundary.containers import are_files, check_anndata
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
+from scvae.boundary.models import read_model, write_model
 from scvae.boundary.options import Range, bytes_of, one_of, real, seed_of, whole
 from scvae.boundary.process import alone, device_of, seed_from
 from scvae.data import results
@@ -706,7 +706,7 @@ class Fitted:
             **content_of(self.program, self.course, self.training, self.key_added),
         }
         content = json.loads(json.dumps(content, default=np.generic.item))
-        files.write_model(path, content, weights, overwrite=overwrite)
+        write_model(path, content, weights, overwrite=overwrite)
 
     def _cells(self, adata: AnnData, schema: Schema | None = None, **how: Any) -> Cells:
         with alone(0, self.device):
@@ -1010,7 +1010,7 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
         If the files were cut off or edited, are of another format, hold another program, or what was never saved.
     """
     where = device_of(device)
-    made, course, training, key_added = model_of(path, *files.read_model(path), program)
+    made, course, training, key_added = model_of(path, *read_model(path), program)
     return Fitted(made.to(where), course, training, key_added)
 
 

@@ -17,7 +17,7 @@ from faults import Faults, every_fault, failing, tree
 from scipy import sparse
 
 import scvae
-from scvae.boundary import files, formats
+from scvae.boundary import files, formats, locks
 from scvae.commands.results import write_figure
 from scvae.data.shuffling import shuffled
 from scvae.data.store import open_store
@@ -130,7 +130,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     old, new = b"1" * 1000, b"2" * 1000
 
     def write(folder, content=new):
-        with files.own_folder(folder / "run") as place:
+        with locks.own_folder(folder / "run") as place:
             files.write_checked(place, "step-1", ".safetensors", content)
 
     def result(folder):

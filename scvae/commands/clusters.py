@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from scvae.boundary import files, formats
+from scvae.boundary import formats
+from scvae.boundary.outputs import check_output
 from scvae.commands.parameters import Device, Overwrite, Quiet
 from scvae.commands.results import CELLS, say
 
@@ -62,7 +63,7 @@ def cluster(
 
       scvae cluster pca.h5ad --n-clusters 8 --use-rep X_pca --method kmeans --output clusters.h5ad
     """
-    files.check_output(output, "--output", inputs=[input], suffixes=CELLS, overwrite=overwrite)
+    check_output(output, "--output", inputs=[input], suffixes=CELLS, overwrite=overwrite)
     from scvae import tl
 
     adata = formats.read(input)

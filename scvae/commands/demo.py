@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from scvae.boundary import files
+from scvae.boundary.outputs import check_output
 from scvae.commands.parameters import Overwrite
 
 __all__ = ["demo"]
@@ -20,8 +20,8 @@ def demo(
     """Fit 796 real cells of three experiments, offline, and show whether the experiments mix and the lines do not."""
     if output_dir.is_dir():
         for name in ("cell_lines.h5ad", "umap.png"):
-            files.check_output(output_dir / name, "demo:", suffixes=(Path(name).suffix,), overwrite=overwrite)
-        files.check_output(output_dir / "model", "demo:", overwrite=overwrite)
+            check_output(output_dir / name, "demo:", suffixes=(Path(name).suffix,), overwrite=overwrite)
+        check_output(output_dir / "model", "demo:", overwrite=overwrite)
     from scvae.demo import demo
 
     demo(output_dir)

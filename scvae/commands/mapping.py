@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 import scvae
-from scvae.boundary import files, formats
+from scvae.boundary import formats
+from scvae.boundary.outputs import check_output
 from scvae.commands.parameters import (
     Device,
     Embedded,
@@ -110,7 +111,7 @@ def transfer(
 
       scvae transfer query.h5ad --reference cells.h5ad --labels-key cell_type --model extended --output labelled.h5ad
     """
-    files.check_output(output, "--output", inputs=[query, reference, model], suffixes=CELLS, overwrite=overwrite)
+    check_output(output, "--output", inputs=[query, reference, model], suffixes=CELLS, overwrite=overwrite)
     from scvae import tl
 
     fitted = scvae.load(model, device=device)

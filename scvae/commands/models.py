@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 
 import scvae
-from scvae.boundary import files, formats
+from scvae.boundary import formats
+from scvae.boundary.outputs import check_output
 from scvae.boundary.signals import watched
 from scvae.commands.parameters import (
     BatchKey,
@@ -304,7 +305,7 @@ def embed(
 
       scvae embed new.h5ad --model model --output new_out.h5ad
     """
-    files.check_output(output, "--output", inputs=[input, model], suffixes=CELLS, overwrite=overwrite)
+    check_output(output, "--output", inputs=[input, model], suffixes=CELLS, overwrite=overwrite)
     from scvae.boundary.keys import check_free, check_key
 
     if key_added is not None:
@@ -371,7 +372,7 @@ def denoise(
 
       scvae denoise cells.h5ad --model model --batch batch_1 --genes CD3E --genes CD19 --output denoised.h5ad
     """
-    files.check_output(output, "--output", inputs=[input, model], suffixes=CELLS, overwrite=overwrite)
+    check_output(output, "--output", inputs=[input, model], suffixes=CELLS, overwrite=overwrite)
     from scvae.boundary.keys import check_key
 
     size = _library_size(library_size)
@@ -417,7 +418,7 @@ def generate(
 
       scvae generate --model model --n 1000 --output generated.h5ad
     """
-    files.check_output(output, "--output", inputs=[model], suffixes=CELLS, overwrite=overwrite)
+    check_output(output, "--output", inputs=[model], suffixes=CELLS, overwrite=overwrite)
     formats.write(scvae.load(model, device=device).generate(n, batch=batch, seed=seed), output)
     say(f"cells: {n} in {output}", quiet)
 

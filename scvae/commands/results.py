@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from scvae.boundary import files, formats
+from scvae.boundary.outputs import check_output
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,11 +54,11 @@ def check(results: Mapping[str, tuple[Path | None, Sequence[str]]], *, inputs: S
     Raises
     ------
     ValueError, OSError
-        As `scvae.boundary.files.check_output` does.
+        As `scvae.boundary.outputs.check_output` does.
     """
     for option, (path, suffixes) in results.items():
         if path is not None:
-            files.check_output(path, option, inputs=inputs, suffixes=suffixes, overwrite=overwrite)
+            check_output(path, option, inputs=inputs, suffixes=suffixes, overwrite=overwrite)
             if suffixes == MODEL:
                 inputs = [*inputs, path]
 

@@ -21,7 +21,7 @@ from anndata import AnnData
 from anndata.io import read_elem, write_elem
 from scipy import sparse
 
-from scvae.boundary import files, formats, hdf5
+from scvae.boundary import files, formats, hdf5, outputs
 from scvae.data.cells import Schema
 from scvae.data.tables import Table, Tables
 
@@ -62,7 +62,7 @@ def check_output(path: str | Path, tables: Tables) -> None:
     OSError
         If it cannot be written to, or would replace a folder.
     """
-    files.check_output(path, "output", inputs=tables.paths, suffixes=formats.WRITTEN, overwrite=True)
+    outputs.check_output(path, "output", inputs=tables.paths, suffixes=formats.WRITTEN, overwrite=True)
     source = tables.tables[0].path
     suffix = ".zarr" if source.is_dir() else ".h5ad"
     if _is_copied(tables) and Path(path).suffix.lower() != suffix:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse, special
 
-from scvae.boundary import files, hdf5
+from scvae.boundary import files, hdf5, locks
 from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
@@ -128,12 +128,12 @@ def _shuffled(
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        with files.alone(folder):
+        with locks.locked(folder):
             checked = partial(_read, tables, schema, refuse_empty, "reading the cells", progress)
             _write(folder, tables, schema, checked, made_from, seed, memory, progress)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.sweep(path)
+    locks.remove_unfinished(path)
     try:
         files.write_folder(path, write, overwrite=True)
     except OSError:

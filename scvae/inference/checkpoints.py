@@ -30,6 +30,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from scvae.boundary import files
+from scvae.boundary.locks import own_folder
 from scvae.boundary.options import Range, real
 from scvae.boundary.ranks import Ranks, rank_here
 from scvae.boundary.signals import Signals, Suspended, watched
@@ -88,7 +89,7 @@ def checkpoints_in(folder: str | Path | None, minutes: float, resume: bool) -> I
         yield None
         return
     is_writer = rank_here() == 0  # of several processes
-    with watched(folder) as signals, files.own_folder(folder) if is_writer else nullcontext(Path(folder)) as place:
+    with watched(folder) as signals, own_folder(folder) if is_writer else nullcontext(Path(folder)) as place:
         checkpoints = Checkpoints(place, seconds, bool(resume), signals)
         if is_writer:
             checkpoints.check_empty()
