@@ -243,7 +243,7 @@ SUBJECTS = {
     "Options and configurations": "boundary/options configurations fitting choices comparing tuning",
     "Programs, priors and posteriors": "programs modules distributions kernels",
     "Training, checkpoints and several processes": "inference boundary/process boundary/ranks boundary/signals",
-    "Questions to a fitted model": "fitted extending",
+    "Questions to a fitted model": "fitted asking denoising generating extending writing",
     "Analyses": "tl",
     "Images, positions and neighbourhoods": "pp",
     "Figures": "pl",

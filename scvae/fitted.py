@@ -3,50 +3,33 @@
 from __future__ import annotations
 
 import html
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from anndata import AnnData, ImplicitModificationWarning
-from pyro import poutine
-from safetensors.torch import save as save_tensors
-from scipy import sparse
+from anndata import AnnData
 from torch import Tensor
 
-from scvae.boundary.containers import are_files, check_anndata
-from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
-from scvae.boundary.models import read_model, write_model
-from scvae.boundary.options import Range, bytes_of, one_of, real, seed_of, whole
-from scvae.boundary.process import alone, device_of, seed_from
+from scvae import asking, denoising, generating, saved, writing
+from scvae.asking import CHUNK
+from scvae.boundary.containers import Files, are_files, check_anndata, views_become_copies
+from scvae.boundary.keys import check_key
+from scvae.boundary.options import one_of, seed_of, whole
+from scvae.boundary.process import alone, device_of
 from scvae.data import results
-from scvae.data.categories import name_of
 from scvae.data.cells import Batch, Cells, Schema
-from scvae.data.reading import read_cells, some
-from scvae.data.tables import Tables, open_tables
+from scvae.data.tables import Tables
 from scvae.extending import extended, with_batches
 from scvae.inference import evidence, marginal
-from scvae.inference.completion import completed
-from scvae.inference.marginal import Mix, as_of
-from scvae.inference.pace import pace_of
-from scvae.inference.progress import Progress
+from scvae.inference.marginal import as_of
 from scvae.inference.svi import Course, Training
 from scvae.programs import Program
-from scvae.saved import content_of, model_of
 
-__all__ = ["Fitted", "check_writable", "load"]
+__all__ = ["Fitted", "load"]
 
-#: Cells in files: the path of one, or several paths.
-Files = str | Path | Sequence[str | Path]
-
-_CHUNK = 1024  # cells at a time, by default
 _MIN_STEPS = 200  # of an extension
 
 
@@ -153,9 +136,7 @@ class Fitted:
     @property
     def n_latent(self) -> int:
         """Numbers in a latent vector."""
-        with alone(0, self.device):
-            blank = self._blank(torch.zeros(1, len(self.program.schema.widths), dtype=torch.int64, device=self.device))
-            return poutine.trace(self.program.model).get_trace(blank).nodes[self.program.latent]["value"].numel()
+        return generating.n_latent_of(self.program)
 
     def embed(
         self,
@@ -165,7 +146,7 @@ class Fitted:
         n_samples: int | None = None,
         memory: str | int = "2GB",
         seed: int = 0,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -189,16 +170,15 @@ class Fitted:
         how: dict[str, Any] = {"batch_size": batch_size, "unknown_batch": unknown_batch, "missing_genes": missing_genes}
         if are_files(adata):
             how |= {"give_std": give_std, "n_samples": n_samples}
-            parts = [
-                self.embed(block, seed=own, **how) for _, block, own in self._blocks(self._tables(adata), memory, seed)
-            ]
+            blocks = asking.blocks_of(asking.open_for(self.program, adata), self.program.schema, memory, seed)
+            parts = [self.embed(block, seed=own, **how) for _, block, own in blocks]
             if give_std:
                 return np.concatenate([mean for mean, _ in parts]), np.concatenate([std for _, std in parts])
             return np.concatenate(parts, axis=1 if draws else 0)
 
         def answer(batch: Batch) -> Tensor:
             if draws:
-                return torch.stack([z.flatten(1) for z in self._posterior(batch, draws)], 1)
+                return torch.stack([z.flatten(1) for z in asking.draws_of(self.program, batch, draws)], 1)
             return torch.stack(self.program.embed(batch), 1) if give_std else self.program.embed(batch)[0]
 
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
@@ -215,7 +195,7 @@ class Fitted:
         output: str | Path | None = None,
         memory: str | int = "2GB",
         key_added: str | None = None,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> None:
@@ -234,15 +214,16 @@ class Fitted:
             As above.
         """
         key = self.key_added if key_added is None else check_key("key_added", key_added)
+        how: dict[str, Any] = {"batch_size": batch_size, "unknown_batch": unknown_batch}
         if are_files(adata):
-            tables, output = self._opened(adata, output)
-            self._write_files(tables, output, key, memory, batch_size, unknown_batch, missing_genes)
+            tables, output = asking.open_to_write(self.program, adata, output)
+            self._write_files(tables, output, memory, key, missing_genes=missing_genes, **how)
             return
         if output is not None:
             raise ValueError("output belongs to cells in files; this AnnData is written to: leave output out.")
         check_anndata(adata, to_write=True)
         cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-        self._write(adata, cells, key, batch_size, unknown_batch)
+        self._write(adata, cells, key, **how)
 
     def extend(
         self,
@@ -332,7 +313,7 @@ class Fitted:
         output: str | Path | None = None,
         memory: str | int = "2GB",
         seed: int = 0,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> np.ndarray | pd.DataFrame | None:
@@ -373,58 +354,27 @@ class Fitted:
                 raise ValueError("output belongs to cells in files: leave it out, and write the AnnData afterwards.")
         schema = self.program.schema
         genes = schema.genes if genes is None else [genes] if isinstance(genes, str) else list(genes)
-        columns = torch.tensor(_index(genes, schema.genes, "gene"), dtype=torch.int64, device=self.device)
-        codes = [None] if batch is None else self._batch_codes(batch)
-        if isinstance(library_size, str):
-            if library_size != "cell":
-                raise ValueError(f"library_size is a number above 0 or 'cell', not {library_size!r}.")
-        else:
-            library_size = real("library_size", library_size, Range(0, open_least=True))
-        if (schema.kind != "counts" or schema.image_key is not None) and library_size != 1:
-            models = "real numbers" if schema.image_key is None else "images"
-            raise ValueError(f"library_size belongs to models of counts; {self.program.name!r} models {models}.")
-        n_samples = None if n_samples is None else whole("n_samples", n_samples)
+        expression = denoising.expression_of(self.program, genes, batch, library_size, n_samples)
         if layer_added is not None:
-            check_key("layer_added", layer_added)
-            if (key := schema.use_rep or schema.image_key) is not None:
-                raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{key!r}].")
-            if layer_added == schema.layer:
-                raise ValueError(
-                    f"layer_added={layer_added!r} would overwrite the layer that the model reads: choose another."
-                )
-
-        def expression(cells: Batch) -> Tensor:
-            draws = [self.program.embed(cells)[0]] if n_samples is None else self._posterior(cells, n_samples)
-            total = torch.zeros(len(cells), len(columns), device=self.device)
-            for code in codes:
-                to = cells if code is None else as_of(cells, code, schema)
-                for z in draws:
-                    total += self.program.decode(z, to)[:, columns]
-            size = self.program.library(cells).unsqueeze(-1) if library_size == "cell" else float(library_size)
-            return total / (len(codes) * len(draws)) * size
+            writing.check_layer(layer_added, schema)
 
         def asked(adata: AnnData, seed: int) -> np.ndarray:
             cells = self._cells(adata, unknown_batch=unknown_batch, missing_genes=missing_genes)
-            if cells.missing is not None and library_size == "cell":
-                raise ValueError(
-                    "library_size='cell' is of all genes of the model, and not all were measured: give a number, or "
-                    "pass missing_genes='zero'."
-                )
             return self._each(cells, expression, seed, batch_size, unknown_batch, marginal.mean)
 
         if are_files(adata):
-            tables, output = self._opened(adata, output)
+            tables, output = asking.open_to_write(self.program, adata, output)
             wanted = str(layer_added)
             if wanted in results.there_will_be(tables).layers:
                 raise ValueError(f"layer_added={wanted!r}: {tables.paths[0]} has such a layer; name another.")
-            blocks = self._blocks(tables, memory, seed)
-            parts = ((first, of_all_genes(asked(block, own), genes, tables)) for first, block, own in blocks)
+            blocks = asking.blocks_of(tables, schema, memory, seed)
+            parts = ((first, writing.of_all_genes(asked(block, own), genes, tables)) for first, block, own in blocks)
             results.write_array(output, tables, ("layers", wanted), parts)
             return None
         result = asked(adata, seed)
         if layer_added is not None:
-            layer = of_all_genes(result, genes, adata)
-            with _own(adata):
+            layer = writing.of_all_genes(result, genes, adata)
+            with views_become_copies():
                 adata.layers[layer_added] = layer
         return pd.DataFrame(result, index=adata.obs_names, columns=[str(g) for g in genes]) if as_frame else result
 
@@ -435,7 +385,7 @@ class Fitted:
         pose: str | tuple[float, float, float] = "own",
         size: tuple[int, int] | None = None,
         batch: str | None = None,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> np.ndarray:
@@ -471,8 +421,8 @@ class Fitted:
             if len(given_size) != 2:
                 raise ValueError(f"size is a height and a width, not {size!r}.")
             size = (whole("size", given_size[0]), whole("size", given_size[1]))
-        code = None if batch is None else self._batch_codes([batch])[0]
-        given = None if isinstance(pose, str) else torch.from_numpy(_numbers("pose", pose)).to(self.device)
+        code = None if batch is None else asking.batch_codes(self.program.schema, [batch])[0]
+        given = None if isinstance(pose, str) else torch.from_numpy(asking.numbers("pose", pose)).to(self.device)
         if given is not None and given.shape != (3,):
             raise ValueError(f"pose is an angle and two shifts, three numbers, not {pose!r}.")
 
@@ -505,18 +455,12 @@ class Fitted:
         ValueError
             If the model does not know the batch.
         """
-        schema, device = self.program.schema, self.device
-        codes = range(len(schema.batches)) if batch is None else self._batch_codes(batch)
-        given = _numbers("z", z)
+        schema = self.program.schema
+        codes = range(len(schema.batches)) if batch is None else asking.batch_codes(self.program.schema, batch)
+        given = asking.numbers("z", z)
         if given.ndim != 2 or given.shape[1] != self.n_latent:
             raise ValueError(f"z is of shape {given.shape}: latent vectors are wanted, [n, {self.n_latent}].")
-        parts = []
-        with alone(0, device):
-            for vectors in torch.from_numpy(given).to(device).split(_CHUNK):
-                blank = self._blank(torch.zeros(len(vectors), len(schema.widths), dtype=torch.int64, device=device))
-                total = sum(self.program.decode(vectors, as_of(blank, code, schema)) for code in codes)
-                parts.append((total / len(codes)).cpu().numpy())
-        decoded = np.concatenate(parts) if parts else np.empty((0, len(schema.genes)), np.float32)
+        decoded = generating.decoded(self.program, given, codes)
         return decoded.reshape(len(decoded), *schema.channels) if self.program.of_images else decoded
 
     def generate(self, n: int, *, batch: str | None = None, seed: int = 0) -> AnnData:
@@ -544,41 +488,9 @@ class Fitted:
         ValueError
             If the model does not know the batch.
         """
-        schema, device = self.program.schema, self.device
         n = whole("n", n)
-        with alone(seed_of(seed), device):
-            codes = torch.empty(n, len(schema.widths), dtype=torch.int64, device=device)
-            for i, width in enumerate(schema.widths):
-                codes[:, i] = torch.randint(width, (n,), device=device)
-            if batch is not None:
-                (codes[:, 0],) = self._batch_codes([batch])
-            counts, latents = [], []
-            for part in codes.split(_CHUNK):
-                trace = poutine.trace(self.program.model).get_trace(self._blank(part))
-                drawn = trace.nodes["x"]["value"].cpu().numpy()
-                counts.append(sparse.csr_matrix(drawn) if schema.kind == "counts" else drawn)
-                latents.append(trace.nodes[self.program.latent]["value"].cpu().numpy())
-        matrix = sparse.vstack(counts, format="csr") if schema.kind == "counts" else np.concatenate(counts)
-        latent = np.concatenate(latents).reshape(n, -1)
-        if schema.image_key is not None:
-            images = (matrix.toarray() if schema.kind == "counts" else matrix).reshape((n, *(schema.image_shape or ())))
-            adata = AnnData(shape=(n, 0), obsm={schema.image_key: images, self.key_added: latent})
-        else:
-            adata = AnnData(matrix, obsm={self.key_added: latent})
-            adata.var_names = list(schema.genes)
-        if schema.use_rep is not None:
-            dense = matrix.toarray() if schema.kind == "counts" else matrix
-            adata.obsm[schema.use_rep] = pd.DataFrame(dense, index=adata.obs_names, columns=list(schema.genes))
-        if schema.layer is not None:
-            adata.layers[schema.layer] = adata.X
-        for i, (key, names) in enumerate(schema.categories.items()):
-            of_cells = codes[:, i].cpu().numpy()
-            for j, column in enumerate(key if isinstance(key, tuple) else [key]):
-                own = [name[j] if isinstance(key, tuple) else name for name in names]
-                adata.obs[column] = pd.Categorical(np.asarray(own, dtype=object)[of_cells], list(dict.fromkeys(own)))
-        for key, (mean, _) in schema.continuous.items():
-            adata.obs[key] = mean
-        return adata
+        code = None if batch is None else asking.batch_codes(self.program.schema, [batch])[0]
+        return generating.generated(self.program, n, code, seed_of(seed), self.key_added)
 
     def elbo(
         self,
@@ -586,7 +498,7 @@ class Fitted:
         *,
         n_samples: int = 1,
         seed: int = 0,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> np.ndarray:
@@ -606,7 +518,7 @@ class Fitted:
         n_samples: int = 256,
         method: str = "importance",
         seed: int = 0,
-        batch_size: int = _CHUNK,
+        batch_size: int = CHUNK,
         unknown_batch: str = "error",
         missing_genes: str = "error",
     ) -> np.ndarray:
@@ -700,294 +612,33 @@ class Fitted:
         OSError
             If it cannot be written. What was there is as it was.
         """
-        weights = save_tensors({k: v.contiguous().cpu() for k, v in self.program.state_dict().items()})
-        content = {
-            "version": version("scvae-pyro"),
-            **content_of(self.program, self.course, self.training, self.key_added),
-        }
-        content = json.loads(json.dumps(content, default=np.generic.item))
-        write_model(path, content, weights, overwrite=overwrite)
+        saved.save(path, self.program, self.course, self.training, self.key_added, overwrite=overwrite)
 
     def _cells(self, adata: AnnData, schema: Schema | None = None, **how: Any) -> Cells:
-        with alone(0, self.device):
-            cells = read_cells(adata, schema or self.program.schema, device=self.device, **how)
-            if cells.missing is not None:
-                cells.complete = partial(completed, self.program)
-            return cells
+        return asking.cells_for(self.program, adata, schema, **how)
 
-    def _tables(self, source: Files) -> Tables:
-        schema = self.program.schema
-        if (key := schema.use_rep or schema.image_key) is not None:
-            raise ValueError(f"The model reads adata.obsm[{key!r}]: read the file with anndata first.")
-        return open_tables(source, schema.layer)
+    def _each(self, cells: Cells, answer: Callable[[Batch], Tensor], *how: Any) -> np.ndarray:
+        return asking.ask_each(self.program, cells, answer, *how)
 
-    def _opened(self, source: Files, output: str | Path | None) -> tuple[Tables, str | Path]:
-        """Open files of cells, and check the file to which their results are to be written."""
-        tables = self._tables(source)
-        if output is None:
-            raise ValueError("Results of cells in files are written to a file: name it, output='….h5ad'.")
-        results.check_output(output, tables)
-        return tables, output
-
-    def _blocks(self, tables: Tables, memory: str | int, seed: int = 0) -> Iterator[tuple[int, AnnData, int]]:
-        """Go through cells in files; yield the row of the first of some, the cells, and a seed of their own."""
-        for first, block in results.blocks_of(tables, self.program.schema, bytes_of("memory", memory)):
-            yield first, block, seed if first == 0 else seed_from(seed_of(seed), first)
-
-    def _each(
-        self,
-        cells: Cells,
-        answer: Callable[[Batch], Tensor],
-        seed: int = 0,
-        batch_size: int = _CHUNK,
-        unknown_batch: str = "error",
-        mix: Mix = marginal.mean,
-    ) -> np.ndarray:
-        """Ask something of all cells, so many at a time, in order; `mix` makes one of the answers as of each batch."""
-        seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
-        result = np.empty(0)
-        rows = torch.arange(len(cells), device=cells.device)
-        parts = [(rows, answer)]
-        if unknown_batch == "marginal":
-            is_known = cells.schema.batch_of(cells.codes) >= 0
-            parts = [
-                (rows[is_known], answer),
-                (rows[~is_known], lambda batch: marginal.marginal(self.program, batch, answer, mix)),
-            ]
-        sizes = {min(batch_size, len(of_part)) for of_part, _ in parts if len(of_part)}
-        with alone(seed, self.device), pace_of(self.program, cells, sizes) as pace:
-            for of_part, ask in parts:
-                for rows, batch in cells.minibatches(batch_size, of_part) if len(of_part) else ():
-                    part = pace(partial(ask, batch)).cpu().numpy()
-                    if not len(result):
-                        result = np.empty((len(cells), *part.shape[1:]), dtype=part.dtype)
-                    result[rows.cpu().numpy()] = part
-        return result
-
-    def _posterior(self, batch: Batch, n_samples: int) -> list[Tensor]:
-        name = self.program.latent
-        return [poutine.trace(self.program.guide).get_trace(batch).nodes[name]["value"] for _ in range(n_samples)]
-
-    def _batch_codes(self, names: Any) -> list[int]:
-        schema = self.program.schema
-        if schema.batch_key is None:
-            raise ValueError("The model was fitted without batch_key: it knows no batches.")
-        is_one = np.isscalar(names) or (isinstance(schema.batch_key, tuple) and name_of(names) in schema.batches)
-        wanted = [names] if is_one else list(names)
-        if not wanted:
-            raise ValueError("batch is empty: name one, or leave it out.")
-        return _index(wanted, schema.batches, "batch")
-
-    def _blank(self, codes: Tensor) -> Batch:
-        """Cells without counts, of given categories, with all else at its mean."""
-        schema, n = self.program.schema, len(codes)
-        continuous = torch.zeros(n, len(schema.continuous), device=codes.device)
-        return Batch(
-            None,
-            torch.ones(n, device=codes.device),
-            schema.batch_of(codes),
-            schema.covariates(codes, continuous),
-        )
-
-    def _write(
-        self,
-        adata: AnnData,
-        cells: Cells,
-        key: str | None = None,
-        batch_size: int = _CHUNK,
-        unknown_batch: str = "error",
-    ) -> None:
+    def _write(self, adata: AnnData, cells: Cells, key: str | None = None, **how: Any) -> None:
         """Write everything that :func:`scvae.fit` promises to the AnnData."""
-        key = self.key_added if key is None else key
-        first = check_writable(adata, self.program, cells, key)
-        obs, obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
-        columns = self._columns(obs, first, key)
-        varm = self._varm(key, adata)
-        with _own(adata):
-            stale = own_keys(adata, key)
-            for name in stale["obs"]:
-                if name in adata.obs:
-                    del adata.obs[name]
-            for name in stale["obsm"]:
-                adata.obsm.pop(name, None)
-            for name, column in columns.items():
-                adata.obs[name] = column
-            adata.obsm.update({name: part.copy() for name, part in obsm.items()})
-            for name in stale["varm"]:
-                adata.varm.pop(name, None)
-            adata.varm.update(varm)
-            adata.uns[stem_of(key)] = self._record(key, obs, obsm, varm)
+        record = writing.record_of(self.program, self.course, self.training)
+        writing.write(adata, self.program, cells, self.key_added if key is None else key, record, **how)
 
     def _write_files(
-        self,
-        tables: Tables,
-        output: str | Path,
-        key: str,
-        memory: str | int,
-        batch_size: int = _CHUNK,
-        unknown_batch: str = "error",
-        missing_genes: str = "error",
-        progress: bool = False,
+        self, tables: Tables, output: str | Path, memory: str | int, key: str | None = None, **how: Any
     ) -> None:
         """Write everything that :func:`scvae.fit` promises to a file, a block of cells at a time."""
-        how: dict[str, Any] = {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
-        _, block, _ = next(self._blocks(tables, memory))
-        first = check_writable(results.there_will_be(tables), self.program, self._cells(block, **how), key)
-
-        def fill(file: results.Results) -> None:
-            for place, names in own_keys(file, key).items():
-                for name in names:
-                    file.remove(place, name)
-            obs: dict[str, list[np.ndarray]] = {}
-            arrays: dict[str, Any] = {}
-            with Progress(total=tables.n_obs, desc="scvae: embedding", unit="cell", disable=not progress) as bar:
-                for start, block, _ in self._blocks(tables, memory):
-                    cells = self._cells(block, **how)
-                    of_obs, of_obsm = _by_place(first, self._all(cells, first, key, batch_size, unknown_batch))
-                    for name, column in of_obs.items():
-                        obs.setdefault(name, []).append(column.copy())
-                    for name, part in of_obsm.items():
-                        if name not in arrays:
-                            arrays[name] = file.array("obsm", name, part.shape[1])
-                        arrays[name][start : start + len(part)] = part
-                    bar.update(len(cells))
-            columns = self._columns({name: np.concatenate(parts) for name, parts in obs.items()}, first, key)
-            varm = self._varm(key, tables)
-            for place, found in (("obs", columns), ("varm", varm)):
-                for name, value in found.items():
-                    file.put(place, name, value)
-            file.put("uns", stem_of(key), self._record(key, columns, arrays, varm))
-
-        results.write(output, tables, fill)
+        record = writing.record_of(self.program, self.course, self.training)
+        key = self.key_added if key is None else key
+        writing.write_files(output, self.program, tables, key, record, memory, **how)
 
     def _write_embedding(self, source: Files, output: str | Path, key: str, memory: str | int, **how: Any) -> None:
         """Write the embedding of cells in files to a file, and nothing else."""
-        tables, output = self._opened(source, output)
-        read = {"obsm": [self.program.schema.use_rep]}
-        check_free(results.there_will_be(tables), key, obsm=[key], read=read)
-        parts = ((first, np.asarray(self.embed(block, **how))) for first, block, _ in self._blocks(tables, memory))
-        results.write_array(output, tables, ("obsm", key), parts)
-
-    def _all(
-        self, cells: Cells, first: dict[tuple[str, str], Tensor], key: str, batch_size: int, unknown_batch: str
-    ) -> list[np.ndarray]:
-        """Return all that is written of each cell, part by part as in `first`, each ``[n, width]``."""
-        widths = [part[0].numel() for part in first.values()]
-
-        def answer(batch: Batch) -> Tensor:
-            return torch.cat([part.reshape(len(part), -1) for part in _written(self.program, batch, key).values()], 1)
-
-        def mix(answers: Iterable[Tensor], weights: Tensor) -> Tensor:
-            latent, others = torch.stack(list(answers)).tensor_split([2 * widths[0]], -1)
-            latent = marginal.moments(latent.unflatten(-1, (2, -1)), weights).flatten(1)
-            return torch.cat([latent, marginal.likeliest(others, weights)], 1)
-
-        return np.split(self._each(cells, answer, 0, batch_size, unknown_batch, mix), np.cumsum(widths)[:-1], axis=1)
-
-    def _columns(
-        self, obs: dict[str, np.ndarray], first: dict[tuple[str, str], Tensor], key: str
-    ) -> dict[str, np.ndarray | pd.Categorical]:
-        """Return columns of ``.obs`` as they are written: whole numbers as categories."""
-        columns: dict[str, np.ndarray | pd.Categorical] = {}
-        for name, values in obs.items():
-            if first["obs", name].dtype.is_floating_point:
-                columns[name] = values
-            elif name == f"{stem_of(key)}_label":
-                columns[name] = pd.Categorical.from_codes(values.astype(int), list(self.program.schema.labels))
-            else:
-                columns[name] = pd.Categorical(values.astype(int)).rename_categories(str)
-        return columns
-
-    def _varm(self, key: str, adata: AnnData | Tables) -> dict[str, np.ndarray]:
-        """Return what is written of each gene, ``[n_vars, k]``."""
-        return {
-            f"{key}_{name}": of_all_genes(values.T.cpu().numpy(), self.genes, adata).T.copy()
-            for name, values in _of_genes(self.program).items()
-        }
-
-    def _record(self, key: str, obs: Iterable[str], obsm: Iterable[str], varm: Iterable[str]) -> dict[str, Any]:
-        """Return the record of the model in ``.uns``, with the names of what is written elsewhere."""
-        return {
-            "version": version("scvae-pyro"),
-            "program": self.program.name,
-            "key_added": key,
-            "obs": np.asarray(list(obs), dtype=object),
-            "obsm": np.asarray(list(obsm), dtype=object),
-            "varm": np.asarray(list(varm), dtype=object),
-            "options": {k: v for k, v in self.program.options.items() if v is not None},
-            "training": {k: v for k, v in self.training.items() if v is not None},
-            "schema": {
-                "n_genes": len(self.program.schema.genes),
-                "batches": np.asarray(self.program.schema.batches, dtype=object),
-            },
-            "history": {name: column.to_numpy() for name, column in self.history.items()},
-            "stopped": self.stopped,
-        }
-
-
-def _by_place(
-    first: dict[tuple[str, str], Tensor], parts: list[np.ndarray]
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Return what is written of each cell to ``.obs``, ``[n]``, and to ``.obsm``, ``[n, width]``, by name."""
-    by_name = dict(zip(first, parts, strict=True))
-    obs = {name: part[:, 0] for (place, name), part in by_name.items() if place == "obs"}
-    return obs, {name: part for (place, name), part in by_name.items() if place == "obsm"}
-
-
-def check_writable(adata: AnnData, program: Program, cells: Cells, key: str) -> dict[tuple[str, str], Tensor]:
-    """Check that what a program says of each cell can be written under a key; return what it says of the first one.
-
-    The names of the result are those of :func:`_written`.
-
-    Raises
-    ------
-    ValueError
-        If that would overwrite what the model reads, or something of the user's.
-    """
-    was = program.training
-    with alone(0, cells.device):
-        first = _written(program.eval(), cells.batch(torch.zeros(1, dtype=torch.int64, device=cells.device)), key)
-    program.train(was)
-    names: dict[str, list[str]] = {"obs": [], "obsm": []}
-    for place, name in first:
-        names[place].append(name)
-    schema = program.schema
-    read: dict[str, list[Any]] = {"obs": schema.columns, "obsm": [schema.use_rep, schema.image_key]}
-    varm = [f"{key}_{name}" for name in _of_genes(program)]
-    check_free(adata, key, names["obs"], names["obsm"], varm, read=read)
-    return first
-
-
-def _written(program: Program, batch: Batch, key: str) -> dict[tuple[str, str], Tensor]:
-    """Return what is written of each cell, by where it is, ``obs`` or ``obsm``, and its name there."""
-    mean, std = program.embed(batch)
-    found = {"": mean, "std": std, **program.per_cell(batch)}
-    written = {_place(name, part, key): part for name, part in found.items()}
-    if "label_probability" in found:
-        written["obs", f"{stem_of(key)}_label_probability"] = found["label_probability"].amax(-1)
-    return written
-
-
-def _of_genes(program: Program) -> dict[str, Tensor]:
-    """Return what is written of each gene, by name, ``[n_genes, k]``."""
-    found = program.gene_loadings() if program.schema.use_rep is None and program.schema.image_key is None else None
-    return {} if found is None else {"loadings": found}
-
-
-def of_all_genes(values: np.ndarray, genes: Sequence[Any], adata: AnnData | Tables) -> np.ndarray:
-    """Return ``[n, n_vars]`` of ``[n, n_genes]``: NaN for the genes of the AnnData that are not among `genes`."""
-    result = np.full((len(values), adata.n_vars), np.nan, dtype=np.float32)
-    place = {name: i for i, name in enumerate(map(str, genes))}
-    at = np.array([place.get(name, -1) for name in adata.var_names.astype(str)])
-    result[:, at >= 0] = values[:, at[at >= 0]]
-    return result
-
-
-def _place(name: str, like: Tensor, key: str) -> tuple[str, str]:
-    """Return where something is written, ``obs`` or ``obsm``, and under which name."""
-    if like.dim() > 1:
-        return "obsm", f"{key}_{name}" if name else key
-    return "obs", f"{stem_of(key)}_{name}"
+        tables, output = asking.open_to_write(self.program, source, output)
+        blocks = asking.blocks_of(tables, self.program.schema, memory)
+        parts = ((first, np.asarray(self.embed(block, **how))) for first, block, _ in blocks)
+        writing.write_embedding(output, self.program, tables, key, parts)
 
 
 def load(path: str | Path, *, program: type[Program] | None = None, device: str = "cpu") -> Fitted:
@@ -1010,32 +661,5 @@ def load(path: str | Path, *, program: type[Program] | None = None, device: str 
         If the files were cut off or edited, are of another format, hold another program, or what was never saved.
     """
     where = device_of(device)
-    made, course, training, key_added = model_of(path, *read_model(path), program)
+    made, course, training, key_added = saved.load(path, program)
     return Fitted(made.to(where), course, training, key_added)
-
-
-def _index(wanted: Sequence[Any], names: Sequence[str], what: str) -> list[int]:
-    place = {name: i for i, name in enumerate(names)}
-    unknown = [name for name in map(name_of, wanted) if name not in place]
-    if unknown:
-        raise ValueError(f"The model knows no {what} {some(unknown)}; it knows {some(names)}.")
-    return [place[name] for name in map(name_of, wanted)]
-
-
-def _numbers(what: str, values: Any) -> np.ndarray:
-    """Return an array of finite numbers in single precision."""
-    try:
-        numbers = np.array(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float32)
-    except (TypeError, ValueError):
-        raise ValueError(f"{what} is of numbers, not {values!r}.") from None
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"{what} has NaN or infinite numbers.")
-    return numbers
-
-
-@contextmanager
-def _own(adata: AnnData) -> Iterator[None]:
-    """Within the block, a view may become an AnnData of its own without a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ImplicitModificationWarning)
-        yield

@@ -1,18 +1,23 @@
-"""What a saved model says of itself: written as JSON, and checked when it is read before anything is made of it."""
+"""A model that is saved: what it says of itself, as JSON, and its weights; checked before anything is made of them."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+from safetensors.torch import save as save_tensors
 
 from scvae.boundary.keys import check_key
+from scvae.boundary.models import read_model, write_model
 from scvae.boundary.options import one_of
 from scvae.boundary.process import alone
 from scvae.boundary.weights import bounded, tensors_of
@@ -20,14 +25,24 @@ from scvae.data.cells import Schema
 from scvae.inference.svi import Course
 from scvae.programs import PROGRAMS, Program
 
-__all__ = ["content_of", "model_of"]
+__all__ = ["load", "save"]
 
 _LONGEST = 300  # letters of a reason, which may quote what the file holds
 
 
-def content_of(program: Program, course: Course, training: Mapping[str, Any], key_added: str) -> dict[str, Any]:
-    """Return what describes a model beside its weights, for JSON."""
-    return {
+def save(
+    path: str | Path,
+    program: Program,
+    course: Course,
+    training: Mapping[str, Any],
+    key_added: str,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Save a model to a folder, as :func:`scvae.boundary.models.write_model` does."""
+    weights = save_tensors({k: v.contiguous().cpu() for k, v in program.state_dict().items()})
+    content = {
+        "version": version("scvae-pyro"),
         "program": program.name,
         "options": program.options,
         "schema": program.schema.described(),
@@ -35,27 +50,28 @@ def content_of(program: Program, course: Course, training: Mapping[str, Any], ke
         "training": dict(training),
         "key_added": key_added,
     }
+    content = json.loads(json.dumps(content, default=np.generic.item))
+    write_model(path, content, weights, overwrite=overwrite)
 
 
-def model_of(
-    path: str | Path, content: Any, weights: bytes, program: type[Program] | None = None
-) -> tuple[Program, Course, dict[str, Any], str]:
-    """Return what :func:`content_of` was given, and the program with its weights.
+def load(path: str | Path, program: type[Program] | None = None) -> tuple[Program, Course, dict[str, Any], str]:
+    """Return what :func:`save` was given: the program with its weights, its course, how it was trained, and its key.
 
     Parameters
     ----------
     path
-        Where they come from, for the messages.
-    content, weights
-        What is to be read. Nothing in them is trusted.
+        The folder. Nothing in it is trusted.
     program
         The class, if it is none of those that the package knows.
 
     Raises
     ------
+    FileNotFoundError
+        If the folder or a file in it is missing.
     ValueError
-        If they are not what was ever saved, or are of another program.
+        If the files were cut off or edited, are not what was ever saved, or are of another program.
     """
+    content, weights = read_model(path)
     with _reasons(path):
         parts = _text_keys("it", content)
         name, options = _of("program", parts, str), _text_keys("options", _of("options", parts, dict))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from anndata import AnnData
 
-from scvae.boundary.containers import are_files, check_anndata
+from scvae.boundary.containers import Files, are_files, check_anndata
 from scvae.boundary.options import bytes_of
 from scvae.boundary.ranks import Ranks
 from scvae.data import results
@@ -20,7 +20,7 @@ from scvae.data.shuffling import shuffled
 from scvae.data.store import Store
 from scvae.data.stored import cells_of
 from scvae.data.tables import open_tables
-from scvae.fitted import Files, Fitted
+from scvae.fitted import Fitted
 from scvae.inference.progress import Progress
 
 __all__ = ["InFiles", "InMemory", "source_of"]
@@ -153,4 +153,4 @@ class InFiles:
     def write(self, fitted: Fitted, is_first: bool, progress: bool) -> None:
         """Write what the model says of the cells to the file of the results; of several processes the first does."""
         if self.output is not None and is_first:
-            fitted._write_files(self.tables, self.output, fitted.key_added, self.memory, progress=progress)
+            fitted._write_files(self.tables, self.output, self.memory, progress=progress)

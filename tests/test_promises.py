@@ -14,8 +14,7 @@ from anndata import AnnData, ImplicitModificationWarning, read_h5ad
 from scipy import sparse
 
 import scvae
-from scvae import sources
-from scvae.fitted import Fitted
+from scvae import sources, writing
 from scvae.programs import ZINB
 
 
@@ -294,7 +293,7 @@ def test_the_anndata_is_as_it_was_after_a_fit_that_fails(adata, breaking, fit, u
             fit(cells, breaking, batch_key="batch", **options)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(sources, "read_cells"), (Fitted, "_each"), (ZINB, "initialise")])
+@pytest.mark.parametrize(("kind", "name"), [(sources, "read_cells"), (writing, "ask_each"), (ZINB, "initialise")])
 def test_the_anndata_is_as_it_was_after_an_interrupt_outside_the_training(
     adata, fit, unchanged, monkeypatch, kind, name
 ):

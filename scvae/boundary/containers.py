@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from anndata import AnnData
+from anndata import AnnData, ImplicitModificationWarning
 
-__all__ = ["are_files", "check_anndata", "check_indices", "check_pointers", "check_sparse"]
+__all__ = [
+    "Files",
+    "are_files",
+    "check_anndata",
+    "check_indices",
+    "check_pointers",
+    "check_sparse",
+    "views_become_copies",
+]
+
+#: Cells in files: the path of one, or several paths.
+Files = str | Path | Sequence[str | Path]
 
 
 def are_files(cells: Any) -> bool:
@@ -36,6 +50,14 @@ def check_anndata(adata: Any, *, to_write: bool = False) -> None:
         raise TypeError("adata was read lazily, and its columns are not in memory: pass adata.to_memory().")
     if to_write and adata.isbacked and adata.is_view:
         raise ValueError("A view of a backed AnnData cannot be written to: call .to_memory() on it first.")
+
+
+@contextmanager
+def views_become_copies() -> Iterator[None]:
+    """Within the block, a view that is written to becomes an AnnData of its own without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImplicitModificationWarning)
+        yield
 
 
 def check_sparse(matrix: Any, where: str, names: Sequence[Any] | None = None) -> None:

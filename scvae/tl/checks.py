@@ -28,15 +28,14 @@ from anndata import AnnData
 from pyro import poutine
 from scipy.special import betaincc, gammaln, kolmogorov, ndtri, pdtr
 
-from scvae.boundary.containers import check_anndata
-from scvae.boundary.keys import check_key
+from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.cells import Batch, Cells
 from scvae.distributions import NegativeBinomial, Poisson, SparseCounts, ZeroInflatedNegativeBinomial
-from scvae.fitted import _own, of_all_genes
 from scvae.inference.evidence import posterior_draw
 from scvae.inference.pace import pace_of
+from scvae.writing import check_layer, of_all_genes
 
 if TYPE_CHECKING:
     from scvae.fitted import Fitted
@@ -172,13 +171,7 @@ def posterior_check(
         what = "real numbers" if schema.image_key is None else "images"
         raise ValueError(f"posterior_check is of models of counts; {model.program.name!r} models {what}.")
     if layer_added is not None:
-        check_key("layer_added", layer_added)
-        if schema.use_rep is not None:
-            raise ValueError(f"layer_added is for genes; the model reads adata.obsm[{schema.use_rep!r}].")
-        if layer_added == schema.layer:
-            raise ValueError(
-                f"layer_added={layer_added!r} would overwrite the layer that the model reads: name another."
-            )
+        check_layer(layer_added, schema)
     one_of("unknown_batch", unknown_batch, ("error", "ignore"))
     cells = model._cells(adata, unknown_batch=unknown_batch)
     if not schema.check_counts and bool((cells.values != cells.values.round()).any()):
@@ -205,7 +198,7 @@ def posterior_check(
     check = tally.result([str(gene) for gene in schema.genes], adata.obs_names)
     if residuals is not None and layer_added is not None:
         layer = of_all_genes(residuals, schema.genes, adata)
-        with _own(adata):
+        with views_become_copies():
             adata.layers[layer_added] = layer
     return check
 

@@ -11,12 +11,11 @@ import pandas as pd
 import torch
 from anndata import AnnData
 
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone, device_of
 from scvae.data.reading import some
-from scvae.fitted import _own
 from scvae.modules.em import EM, GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["cluster"]
@@ -149,7 +148,7 @@ def cluster(
     else:
         found["inertia"] = float(best.model.loss(x))
         arrays = {"means": best.model.centres}
-    with _own(adata):
+    with views_become_copies():
         adata.obs[key_added] = pd.Categorical.from_codes(q.argmax(1), [str(i) for i in range(n_used)])
         adata.obsm.pop(f"{key_added}_probability", None)  # of an earlier call
         if method == "mixture":

@@ -14,14 +14,15 @@ from anndata import AnnData
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from scvae.boundary.containers import check_anndata
+from scvae.asking import batch_codes, draws_of
+from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.categories import name_of, named
 from scvae.data.cells import Batch, Schema
 from scvae.data.reading import categories_of, column_of, some, where_of
-from scvae.fitted import Fitted, _own
+from scvae.fitted import Fitted
 from scvae.inference.marginal import as_of
 from scvae.inference.progress import say
 from scvae.tl.ratio import (
@@ -206,7 +207,7 @@ def differential(
     _check_free(adata, check_key("key_added", key_added))
     batches: Sequence[int] = []
     if batch is not None or schema.batch_key is not None:
-        batches = range(len(schema.batches)) if batch is None else model._batch_codes(batch)
+        batches = range(len(schema.batches)) if batch is None else batch_codes(schema, batch)
     code, names = _groups(adata, groupby, schema)
     if sample_key == groupby:
         raise ValueError(f"groupby and sample_key are both {groupby!r}: every group would be a single sample.")
@@ -267,7 +268,7 @@ def differential(
     given = {"layer": schema.layer, "sample_key": sample_key}
     params |= {name: value for name, value in given.items() if value is not None}  # a file holds no None
     record = _record(params, dict(zip([names[each.group] for each in comparisons], tables, strict=True)), schema.genes)
-    with _own(adata):
+    with views_become_copies():
         adata.uns[key_added] = record
     return pd.concat(tables, ignore_index=True)[["group", "reference", *_COLUMNS]]
 
@@ -477,7 +478,7 @@ def _table(
 def _of_part(model: Fitted, part: Batch, batches: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Return counts, expected counts and expression without the batch of some cells, each ``[n, G]``."""
     program = model.program
-    (z,) = model._posterior(part, 1)
+    (z,) = draws_of(program, part, 1)
     own = program.decode(z, part)
     corrected = own
     if batches:

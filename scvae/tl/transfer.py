@@ -31,12 +31,12 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scvae.boundary.containers import check_anndata
+from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.data.categories import named
 from scvae.data.reading import some, where_of
-from scvae.fitted import Fitted, _own
+from scvae.fitted import Fitted
 
 __all__ = ["transfer_labels"]
 
@@ -146,7 +146,7 @@ def transfer_labels(
     )
     params: dict[str, Any] = {"labels_key": labels_key, "coverage": coverage, "seed": seed}
     params |= {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
-    with _own(query):
+    with views_become_copies():
         query.obs[key_added] = table["label"]
         for name in table.columns[1:]:
             query.obs[f"{key_added}_{name}"] = table[name]

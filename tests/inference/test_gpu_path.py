@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scvae import fitted
+from scvae import fitted, generating
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
 from scvae.data.shuffling import shuffled
@@ -437,7 +437,7 @@ def test_questions_are_answered_on_a_fake_gpu(name, options, fake, monkeypatch):
         assert len(found[0]) == SIZE
         return np.zeros(found[0].shape, np.float32)
 
-    monkeypatch.setattr(fitted, "alone", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(generating, "alone", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(fitted.Fitted, "_cells", lambda *_, **__: cells)
     monkeypatch.setattr(fitted.Fitted, "_each", each)
     model = fitted.Fitted(program, None, {})
