@@ -29,7 +29,7 @@ from scvae.boundary.options import seed_of, whole
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
 from scvae.data.reading import check_not_empty, check_values, covariates_of, labels_of, read_schema, some
-from scvae.data.store import CELLS, Store, bytes_of, checksum, open_store, write_manifest
+from scvae.data.store import CELLS, ORIGIN, OtherFormat, Store, bytes_of, checksum, open_store, write_manifest
 from scvae.data.tables import Block, Tables, open_tables
 from scvae.data.variable_genes import chosen_genes
 from scvae.kernels import rows as loops
@@ -144,9 +144,11 @@ def _shuffled(
 
 
 def _opened(path: Path, made_from: Any) -> Store | None:
-    """Return the store at a path, if it was made in this way."""
+    """Return the store at a path, if it was made in this way, in the format of this version of the package."""
     try:
         found = open_store(path)
+    except OtherFormat:
+        return None
     except FileNotFoundError as error:
         if (path.is_dir() and any(path.iterdir())) or path.is_file():
             raise FileExistsError(f"{path} is no store of cells: name another folder for it.") from error
@@ -506,18 +508,19 @@ class _Summary:
 
 
 class _Checks:
-    """Checksums of consecutive cells, a block at a time."""
+    """Checksums of consecutive cells, a block at a time: of what a training reads, and of where they come from."""
 
     def __init__(self) -> None:
+        #: Of the arrays that a training reads.
         self.names: list[str] = []
         self.most_nonzeros = 0
         self._running: dict[str, int] = {}
         self._n_open = self._n_nonzeros = 0
-        self._found: list[int] = []
+        self._found: list[tuple[int, int]] = []
 
     def add(self, ends: np.ndarray, arrays: dict[str, np.ndarray]) -> None:
         """Add the cells that follow."""
-        self.names = list(arrays)
+        self.names = [name for name in arrays if name not in ORIGIN]
         n, first = len(ends) - 1, 0
         while first < n:
             last = min(n, first + _BLOCK - self._n_open)
@@ -531,13 +534,14 @@ class _Checks:
             first = last
 
     def all(self) -> np.ndarray:
-        """Return the checksum of each block."""
+        """Return the two checksums of each block, ``[n_blocks, 2]``."""
         if self._n_open:
             self._close()
-        return np.array(self._found, dtype=np.uint32)
+        return np.array(self._found, dtype=np.uint32).reshape(-1, 2)
 
     def _close(self) -> None:
-        self._found.append(checksum([self._running[name] for name in self.names]))
+        of_cells, of_origin = (checksum([self._running[name] for name in names]) for names in (self.names, ORIGIN))
+        self._found.append((of_cells, of_origin))
         self.most_nonzeros = max(self.most_nonzeros, self._n_nonzeros)
         self._running, self._n_open, self._n_nonzeros = {}, 0, 0
 
@@ -613,7 +617,7 @@ def _skeleton(
         uns = _encode(_encode(file.create_group("uns"), "dict", "0.1.0").create_group("scvae"), "dict", "0.1.0")
         for name, array in statistics.items():
             make(f"statistics/{name}", uns, name, array.shape, array.dtype)
-        make("checksums", uns, "checksums", (-(-n_cells // _BLOCK),), np.uint32)
+        make("checksums", uns, "checksums", (-(-n_cells // _BLOCK), 2), np.uint32)
         pieces = {name: (found.id.get_offset() or 0, found.size, found.dtype) for name, found in made.items()}
     return pieces
 

@@ -6,8 +6,10 @@ array lies in the file in one piece and uncompressed, so that consecutive cells 
 read without HDF5. ``manifest.json`` says where each array begins, which files the cells come from, how they were read,
 and how the genes are distributed.
 
-Nothing is read that was not written: the manifest carries its own SHA-256, and every block of cells a checksum, which
-is verified when the block is first read. Nothing of the length of the data is kept in memory but a bit for each block.
+Nothing is read that was not written: the manifest carries its own SHA-256, and every block of cells two checksums, one
+of what a training reads and one of where the cells come from, which are verified when the block is first read: where it
+is read as a whole, in the memory that it was read into. Nothing of the length of the data is kept in memory but these
+checksums, and whether they were verified.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ import numpy as np
 from scvae.data.cells import Schema
 from scvae.data.tables import open_tables
 
-__all__ = ["CELLS", "Rows", "Store", "bytes_of", "checksum", "open_store", "write_manifest"]
+__all__ = ["CELLS", "ORIGIN", "OtherFormat", "Rows", "Store", "bytes_of", "checksum", "open_store", "write_manifest"]
 
-_FORMAT = 1
+_FORMAT = 2
 CELLS = "cells.h5ad"
 _MANIFEST = "manifest.json"
 _TYPES = {  # kinds of numbers that an array may be of, whole ones where none are named
@@ -38,6 +40,7 @@ _TYPES = {  # kinds of numbers that an array may be of, whole ones where none ar
     "library_size": "f", "log_factorial": "f",
 }  # fmt: skip
 _NONZEROS = ("values", "genes")  # arrays with an entry for each non-zero; the others have one for each cell
+ORIGIN = ("file", "row")  # arrays that a training does not read, which have a checksum of their own
 
 
 @dataclass
@@ -145,10 +148,11 @@ class Store:
             for name, crc in content["checksums"].items()
             if name.startswith("statistics/")
         }
-        self._checksums = self._verified("checksums", content["checksums"]["checksums"])
+        checksums = self._verified("checksums", content["checksums"]["checksums"]).reshape(-1, 2)
+        self._of_cells, self._of_origin = checksums.T.copy()
         #: Of all that the cells hold; other cells, or the same in another order, have another.
         self.digest = _digest(content["checksums"])
-        self._is_verified = np.zeros(len(self._checksums), dtype=bool)
+        self._are_cells_verified, self._is_origin_verified = np.zeros((2, len(checksums)), dtype=bool)
         self._most = {"genes": self.n_genes, "labels": len(self.schema.labels), "file": len(self.files)}
         self._most |= {f"codes/{i}": n for i, n in enumerate(self.schema.widths)}
 
@@ -168,12 +172,15 @@ class Store:
         )
         n_batches = len(self.schema.batches)
         lengths = {"values": self.nnz, "genes": self.nnz, "offsets": self.n_cells + 1}
-        lengths["checksums"] = -(-self.n_cells // self.block)
+        lengths["checksums"] = 2 * -(-self.n_cells // self.block)
         lengths |= {f"statistics/{name}": n_batches for name in ("n_cells", "log_library_mean", "log_library_variance")}
         lengths |= {f"statistics/{name}": n_batches * self.n_genes for name in ("gene_sums", "gene_squares")}
         lengths |= {"statistics/library_sum": 1, "statistics/size_factor_sum": 1}
         lengths["statistics/n_labelled"] = len(self.schema.labels)
-        for name in {*lengths, *covariates, "library_size", "log_factorial", "file", "row", *self._checked}:
+        of_cells = {*_NONZEROS, "offsets", "library_size", "log_factorial", *covariates}
+        if {*self._checked} != of_cells:
+            raise _damaged(self.path, f"{_MANIFEST} does not say of which arrays the checksums are")
+        for name in {*lengths, *of_cells, *ORIGIN}:
             piece = self._pieces[name]
             kinds = _TYPES.get(name.split("/")[0], "i")
             are_whole = isinstance(piece.first, int) and isinstance(piece.length, int)
@@ -197,7 +204,7 @@ class Store:
             return np.empty(length, dtype=self._pieces[name].dtype)
 
         n_keys, n_continuous = len(self.schema.categories), len(self.schema.continuous)
-        of_codes = self._pieces["codes/0"].dtype if n_keys else np.int16
+        of_codes = np.result_type(np.int16, *(self._pieces[f"codes/{i}"].dtype for i in range(n_keys)))
         return Rows(
             values=empty(n_nonzeros, "values"),
             genes=empty(n_nonzeros, "genes"),
@@ -242,30 +249,41 @@ class Store:
         n = last - first
         if not 0 <= first <= last <= self.n_cells:
             raise IndexError(f"Cells {first:,} to {last:,} are asked for, of {self.n_cells:,}.")
-        for block in range(first // self.block, -(-last // self.block)):
-            if not self._is_verified[block]:
+        whole = []  # blocks that are read as a whole, and verified where they then are
+        for block in self._unverified(first, last, self._are_cells_verified):
+            one, other = self._of_block(block)
+            if first <= one and other <= last:
+                whole.append(block)
+            else:
                 self._verify(block)
         offsets = self.offsets(first, last)
         begin, end = int(offsets[0]), int(offsets[-1])
         if into is None:
             into = self.buffers(n, end - begin)
         if cell + n >= len(into.offsets) or nonzero + end - begin > len(into.values):
+            for block in whole:  # whose offsets may be wrong
+                self._verify(block)
             raise IndexError(f"Arrays for {n:,} cells and {end - begin:,} non-zeros are too short.")
+        arrays = self._arrays(into, slice(cell, cell + n), slice(nonzero, nonzero + end - begin))
+        for name, array in arrays.items():
+            self._fill(name, begin if name in _NONZEROS else first, array)
+        arrays["offsets"] = offsets[:-1]
+        for block in whole:
+            self._compare(block, arrays, offsets, first)
         np.add(offsets, nonzero - begin, out=into.offsets[cell : cell + n + 1])
-        self._fill("values", begin, into.values[nonzero : nonzero + end - begin])
-        self._fill("genes", begin, into.genes[nonzero : nonzero + end - begin])
-        cells = slice(cell, cell + n)
-        self._fill("library_size", first, into.library_size[cells])
-        self._fill("log_factorial", first, into.log_factorial[cells])
-        for i in range(len(self.schema.categories)):
-            self._fill(f"codes/{i}", first, into.codes[cells, i])
-        for i in range(len(self.schema.continuous)):
-            self._fill(f"continuous/{i}", first, into.continuous[cells, i])
-        if into.size_factor is not None:
-            self._fill("size_factor", first, into.size_factor[cells])
-        if into.labels is not None:
-            self._fill("labels", first, into.labels[cells])
         return into
+
+    def _arrays(self, into: Rows, cells: slice, nonzeros: slice) -> dict[str, np.ndarray]:
+        """Return the parts of arrays that cells are read into, by the names that they have in the store."""
+        arrays = {"values": into.values[nonzeros], "genes": into.genes[nonzeros]}
+        arrays |= {"library_size": into.library_size[cells], "log_factorial": into.log_factorial[cells]}
+        arrays |= {f"codes/{i}": into.codes[cells, i] for i in range(len(self.schema.categories))}
+        arrays |= {f"continuous/{i}": into.continuous[cells, i] for i in range(len(self.schema.continuous))}
+        if into.size_factor is not None:
+            arrays["size_factor"] = into.size_factor[cells]
+        if into.labels is not None:
+            arrays["labels"] = into.labels[cells]
+        return arrays
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Rows:
         """Read some cells, in the order in which they are named; those that follow each other are read together."""
@@ -290,8 +308,11 @@ class Store:
             if self.schema.batch_key is None:
                 return np.zeros(last - first, dtype=np.int16)
             name = "codes/0"
-        for block in range(first // self.block, -(-last // self.block)):
-            if not self._is_verified[block]:
+        if name in ORIGIN:
+            for block in self._unverified(first, last, self._is_origin_verified):
+                self._verify_origin(block)
+        else:
+            for block in self._unverified(first, last, self._are_cells_verified):
                 self._verify(block)
         return self._array(name, first, last)
 
@@ -360,18 +381,45 @@ class Store:
             raise _damaged(self.path, f"{name} is not what was written")
         return array
 
+    def _of_block(self, block: int) -> tuple[int, int]:
+        """Return the first cell of a block, and the one after its last."""
+        return block * self.block, min((block + 1) * self.block, self.n_cells)
+
+    def _unverified(self, first: int, last: int, are_verified: np.ndarray) -> list[int]:
+        """Return the blocks of some cells that are not verified yet."""
+        block = first // self.block
+        return [block + int(i) for i in np.flatnonzero(~are_verified[block : -(-last // self.block)])]
+
     def _verify(self, block: int) -> None:
-        """Compare a block of cells with its checksum."""
-        first, last = block * self.block, min((block + 1) * self.block, self.n_cells)
+        """Read what a training reads of a block of cells, and compare it with its checksum."""
+        first, last = self._of_block(block)
         offsets = self.offsets(first, last)
-        bounds = {name: (int(offsets[0]), int(offsets[-1])) for name in _NONZEROS}
-        found = checksum(
-            [zlib.crc32(bytes_of(self._array(name, *bounds.get(name, (first, last))))) for name in self._checked]
-        )
-        genes = self._array("genes", *bounds["genes"])
-        if found != self._checksums[block] or (len(genes) and not 0 <= genes.min() <= genes.max() < self.n_genes):
+        arrays = {name: self._array(name, int(offsets[0]), int(offsets[-1])) for name in _NONZEROS}
+        arrays |= {name: self._array(name, first, last) for name in self._checked if name not in _NONZEROS}
+        self._compare(block, arrays, offsets, first)
+
+    def _compare(self, block: int, arrays: Mapping[str, np.ndarray], offsets: np.ndarray, begin: int) -> None:
+        """Compare what a training reads of a block with its checksum; the arrays are of the cells from `begin` on."""
+        first, last = self._of_block(block)
+        cells = slice(first - begin, last - begin)
+        nonzeros = slice(*(int(offsets[i] - offsets[0]) for i in (cells.start, cells.stop)))
+        found = []
+        for name in self._checked:
+            part = arrays[name][nonzeros if name in _NONZEROS else cells]
+            found.append(zlib.crc32(bytes_of(np.ascontiguousarray(part, dtype=self._pieces[name].dtype))))
+        genes = arrays["genes"][nonzeros]
+        is_within = not len(genes) or 0 <= genes.min() <= genes.max() < self.n_genes
+        if checksum(found) != self._of_cells[block] or not is_within:
             raise self._damage(first, last)
-        self._is_verified[block] = True
+        self._are_cells_verified[block] = True
+
+    def _verify_origin(self, block: int) -> None:
+        """Compare where the cells of a block come from with the checksum of that."""
+        first, last = self._of_block(block)
+        found = [zlib.crc32(bytes_of(self._array(name, first, last))) for name in ORIGIN]
+        if checksum(found) != self._of_origin[block]:
+            raise self._damage(first, last)
+        self._is_origin_verified[block] = True
 
     def _damage(self, first: int, last: int) -> ValueError:
         return _damaged(self.path, f"cells {first:,} to {last:,} are not what was written")
@@ -406,7 +454,7 @@ def open_store(path: str | Path) -> Store:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged(path, f"{_MANIFEST} is not the JSON that scvae writes") from None
     if form != _FORMAT:
-        raise ValueError(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}. {_REMEDY}")
+        raise OtherFormat(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}. {_REMEDY}")
     if digest != _digest(content):
         raise _damaged(path, f"{_MANIFEST} is not what was written")
     try:
@@ -428,6 +476,10 @@ _REMEDY = "Delete the folder: it is made anew from the cells when it is next nee
 
 def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class OtherFormat(ValueError):
+    """The store was written by another version of the package."""
 
 
 class _Damaged(ValueError):

@@ -266,6 +266,25 @@ def test_a_store_goes_to_a_place_that_is_named_or_to_the_cache(path, tmp_path, m
     assert shuffled(path).path.parent == tmp_path / "cache" / "scvae"
 
 
+def test_a_store_of_another_version_is_made_anew(path):
+    store = shuffled(path)
+    edited(lambda manifest: manifest.update(format=1))(store.path)
+    with pytest.raises(ValueError, match="is in format 1; this version of scvae reads format 2"):
+        open_store(store.path)
+    assert shuffled(path).n_cells == 80
+    assert open_store(store.path).n_cells == 80
+
+
+def test_covariates_of_very_many_categories_keep_their_codes(tmp_path):
+    """32,770 donors and two batches: the codes of one need four bytes, those of the other two."""
+    n = (1 << 15) + 2
+    counts = sparse.csr_matrix(np.ones((n, 1), np.float32))
+    path = written(tmp_path, counts, batch=np.tile(["a", "b"], n // 2), donor=[f"{i:05}" for i in range(n)])
+    store = shuffled(path, batch_key="batch", categorical_covariate_keys=["donor"])
+    _, row = store.origin(np.arange(n))
+    assert np.array_equal(store.read(0, n).codes[:, 1], row)
+
+
 def test_what_is_no_store_is_not_replaced(path):
     (place := path.parent / "cells.h5ad.scvae").mkdir()
     (place / "thesis.txt").write_text("all of it")
@@ -449,6 +468,7 @@ DAMAGES = {
     "text for a number, signed anew": signed(lambda content: content.update(nnz="many")),
     "objects, signed anew": signed(lambda content: content["pieces"]["row"].__setitem__(2, "O")),
     "fewer genes, signed anew": signed(lambda content: content["schema"].update(genes=["gene_0"])),
+    "nothing has a checksum, signed anew": signed(lambda content: content.update(checked=[])),
     "nothing, signed anew": signed(lambda content: content.clear()),
     "no content": edited(lambda manifest: manifest.pop("content")),
 }  # fmt: skip
@@ -487,6 +507,28 @@ def test_every_byte_that_is_read_is_verified(path):
                 file.seek(at)
                 file.write(old)
     whole(open_store(store.path))
+
+
+def test_a_changed_byte_is_found_wherever_its_block_is_read_to(path):
+    """In arrays that are used again, as a whole or in part, and before they are too short for what is wrong."""
+    store = shuffled(path, **HOW)
+    into = store.buffers(64, int(store.offsets(0, 64)[-1]))
+    for name, fraction in (("values", 0.1), ("labels", 0.1), ("offsets", 0.5)):
+        flipped(name, fraction)(store.path)
+        for first, last in ((0, 64), (10, 50)):
+            with pytest.raises(ValueError, match="cells 0 to 64 are not what was written"):
+                open_store(store.path).read(first, last, into)
+        flipped(name, fraction)(store.path)
+    assert open_store(store.path).read(0, 64, into).values.any()
+
+
+def test_where_cells_come_from_has_a_checksum_of_its_own(path):
+    store = shuffled(path, **HOW)
+    flipped("row", 0.5)(store.path)
+    store = open_store(store.path)
+    assert store.read(0, 80).values.any()
+    with pytest.raises(ValueError, match="cells 0 to 64 are not what was written"):
+        store.origin([5])
 
 
 def test_a_reading_error_of_the_disk_names_the_store(path, monkeypatch):
