@@ -22,19 +22,23 @@ import pandas as pd
 
 from data import simulated
 
+LABELS = {"cell_lines": "cell_line", "simulated": "cell_type"}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--peer", default=".venv-peers/bin/python", help="Python with scib-metrics, scanpy, harmonypy")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sets", nargs="+", default=["cell_lines", "simulated"])
+    parser.add_argument("--lie", nargs="+", default=["in memory", "on disk"], help="where the cells do")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, label in (("cell_lines", "cell_line"), ("simulated", "cell_type")):
+        for name in arguments.sets:
             adata = prepared(name, arguments.folder)
-            rows += fitted(adata, name, label, arguments, Path(folder))
+            rows += fitted(adata, name, LABELS[name], arguments, Path(folder))
     table = pd.DataFrame(rows)
     print(table.round(3).to_markdown(index=False))
     print(table.groupby(["cells", "lie"])[["log_likelihood", "total_knn"]].agg(["mean", "std"]).round(3).to_markdown())
@@ -61,8 +65,8 @@ def fitted(adata: anndata.AnnData, name: str, label: str, arguments: argparse.Na
     fitting.cells_of = stored.StoredCells  # the store is never loaded whole
     rows, paths = [], []
     for seed in arguments.seeds:
-        for where, source in (("in memory", train), ("on disk", cells)):
-            model = scvae.fit(source, batch_key="batch", seed=seed, progress=False)
+        for where in arguments.lie:
+            model = scvae.fit({"in memory": train, "on disk": cells}[where], batch_key="batch", seed=seed, progress=False)
             likelihood = float(model.log_likelihood(test).mean())
             rows.append({"cells": name, "lie": where, "seed": seed, "log_likelihood": likelihood})
             rows[-1] |= {"steps": model.course.n_steps, "seconds": model.course.seconds}
