@@ -69,7 +69,7 @@ class Fitted:
     training
         How it was trained: the seed, and what :class:`scvae.inference.svi.Training` lists.
     key_added
-        Key of ``.obsm`` under which the embedding was written.
+        Key of ``.obsm`` under which it writes the embedding.
     """
 
     def __init__(self, program: Program, course: Course, training: dict[str, Any], key_added: str = "X_scvae") -> None:
@@ -111,7 +111,7 @@ class Fitted:
         }
         if len(self.history):
             lines["final ELBO"] = f"{self.history['elbo'].iloc[-1]:,.1f} nats a cell"
-        return {**lines, "device": str(self.device), "written to": f".obsm[{self.key_added!r}]"}
+        return {**lines, "device": str(self.device), "writes to": f".obsm[{self.key_added!r}]"}
 
     @property
     def history(self) -> pd.DataFrame:
