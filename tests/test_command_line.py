@@ -630,6 +630,10 @@ def test_generate_writes_what_the_function_returns(run, model, fitted_model):
     assert set(written.obs["batch"]) == {"batch_1"}
     assert run(*generate, "--output", "g.zarr")[0] == 0
     assert (anndata.read_zarr("g.zarr").X != expected.X).nnz == 0
+    code, _, err = run(*generate, "--output", "g.zarr")
+    assert (code, "exists: name another folder, or add --overwrite" in err) == (1, True), err
+    assert run(*generate, "--output", "g.zarr", "--overwrite")[0] == 0
+    assert (anndata.read_zarr("g.zarr").X != expected.X).nnz == 0
     assert run("generate", "--model", "model", "--n", 0, "--output", "h.h5ad")[0] == 2
 
 

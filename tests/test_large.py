@@ -3,6 +3,7 @@
 import anndata
 import numpy as np
 import pytest
+from faults import tree
 
 import scvae
 from scvae.data.stored import StoredCells
@@ -168,13 +169,14 @@ def test_highly_variable_genes_are_chosen_of_a_file(path, fit):
 
 def test_an_error_while_results_are_written_leaves_the_old_file(fitted, tmp_path, monkeypatch):
     model, source, output = fitted
-    if output.suffix == ".zarr":
-        pytest.skip("a folder that is there is not replaced")
-    file = tmp_path / "out.h5ad"
+    file = tmp_path / f"out{output.suffix}"
     model.transform(source, output=file)
-    before = file.read_bytes()
+    before = tree(tmp_path)
     monkeypatch.setattr("scvae.data.results.Results.put", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
-    with pytest.raises(OSError, match=r"out.h5ad could not be written: no space"):
+    with pytest.raises(OSError, match=rf"{file.name} could not be written: no space"):
         model.transform(source, output=file)
-    assert file.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["out.h5ad"]
+    assert tree(tmp_path) == before
+    monkeypatch.undo()
+    model.transform(source, output=file, key_added="X_other")
+    assert "X_other" in read(file).obsm
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]

@@ -105,7 +105,7 @@ def write_folder(path: str | Path, write: Callable[[Path], object], *, overwrite
             if not (place.is_dir() and overwrite):
                 raise
             _exchange(part, place)  # and what was there goes
-    flush_name(place)
+        flush_name(place)  # before that: after a power cut one of the two is whole
 
 
 def write_checked(folder: Path, stem: str, suffix: str, content: bytes) -> Path:

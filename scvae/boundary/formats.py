@@ -83,7 +83,7 @@ def read(path: str | Path) -> AnnData:
 
 
 def write(adata: AnnData, path: str | Path) -> None:
-    """Write an AnnData as a whole, to an ``.h5ad`` file or to a ``.zarr`` folder where there is none.
+    """Write an AnnData as a whole, to an ``.h5ad`` file or a ``.zarr`` folder: what is there is the old or the new one.
 
     Raises
     ------
@@ -101,7 +101,7 @@ def write(adata: AnnData, path: str | Path) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Writing zarr v2")  # either is read
             if is_zarr:
-                files.write_folder(path, partial(_write_zarr, adata))
+                files.write_folder(path, partial(_write_zarr, adata), overwrite=True)
             else:
                 files.write_file(path, partial(_write_h5ad, adata))
     except (OSError, MemoryError):

@@ -12,6 +12,8 @@ from scvae.boundary.models import check_model
 
 __all__ = ["check_output"]
 
+_ZARR = {"zarr.json", ".zgroup"}  # one of them is in every folder of zarr
+
 
 def check_output(
     path: str | Path,
@@ -26,7 +28,7 @@ def check_output(
     Parameters
     ----------
     path
-        Where the result is to go: a file, or with an empty `suffixes` the folder of a model.
+        Where the result is to go: a file or a ``.zarr`` folder, or with an empty `suffixes` the folder of a model.
     option
         What the messages call it, such as ``--output``.
     inputs
@@ -43,11 +45,13 @@ def check_output(
     ValueError
         If it has another ending, or is, holds or lies in an input.
     FileExistsError
-        If it exists and may not be replaced, or is a folder where a file is to be.
+        If it exists and may not be replaced, or is a folder where a file is to be, or holds other things than cells.
     OSError
         If its folder cannot be written to, or it is a symbolic link that leads nowhere.
     """
-    path, what = Path(path), "file" if suffixes else "folder"
+    path = Path(path)
+    is_folder = not suffixes or path.suffix.lower() == ".zarr"
+    what = "folder" if is_folder else "file"
     folder = path.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{option} {path}: the folder {folder} does not exist; make it first")
@@ -62,12 +66,10 @@ def check_output(
         if lies is not None:
             raise ValueError(f"{option} {path} {lies} {source}, which it would change: name another {what}")
     if os.path.lexists(place):
-        if suffixes and place.is_dir() and path.suffix.lower() != ".zarr":
-            raise FileExistsError(f"{option} {path} is a folder: name a file")
-        if suffixes and path.suffix.lower() == ".zarr":
-            raise FileExistsError(
-                f"{option} {path} exists, and a folder cannot be replaced in one step: remove it first, or name another"
-            )
+        if suffixes and place.is_dir() != is_folder:
+            raise FileExistsError(f"{option} {path} is a {'file' if is_folder else 'folder'}: name a {what}")
+        if suffixes and is_folder and (names := os.listdir(place)) and not _ZARR.intersection(names):
+            raise FileExistsError(f"{option} {path} holds other things than cells ({min(names)}): name another folder")
         if not overwrite:
             raise FileExistsError(f"{option} {path} exists: name another {what}, or add --overwrite")
     if not suffixes:

@@ -60,7 +60,7 @@ def check_output(path: str | Path, tables: Tables) -> None:
     ValueError
         If its ending is another than that of the cells, or it is, holds or lies in one of them.
     OSError
-        If it cannot be written to, or would replace a folder.
+        If it cannot be written to, or would replace a folder that holds other things than cells.
     """
     outputs.check_output(path, "output", inputs=tables.paths, suffixes=formats.WRITTEN, overwrite=True)
     source = tables.tables[0].path
@@ -87,7 +87,7 @@ def write(path: str | Path, tables: Tables, fill: Callable[[Results], None]) -> 
         If it cannot be written; what was there is as it was.
     """
     if Path(path).suffix.lower() == ".zarr":
-        files.write_folder(path, lambda part: _write_zarr(part, tables, fill))
+        files.write_folder(path, lambda part: _write_zarr(part, tables, fill), overwrite=True)
     else:
         files.write_file(path, lambda part: _write_h5ad(part, tables, fill))
 

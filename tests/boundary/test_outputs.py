@@ -46,14 +46,21 @@ def test_an_output_that_is_there_is_refused_unless_told(tmp_path):
     (tmp_path / "a.h5ad").write_text("old")
     (tmp_path / "b.h5ad").mkdir()
     (tmp_path / "c.zarr").mkdir()
+    (tmp_path / "d.zarr").write_text("no folder")
     with pytest.raises(FileExistsError, match="a.h5ad exists: name another file, or add --overwrite"):
         check("a.h5ad")
     check("a.h5ad", overwrite=True)
     with pytest.raises(FileExistsError, match="is a folder: name a file"):
         check("b.h5ad", overwrite=True)
-    for overwrite in (False, True):  # whoever is told to add --overwrite can do so
-        with pytest.raises(FileExistsError, match="cannot be replaced in one step: remove it first, or name another"):
-            check("c.zarr", overwrite=overwrite)
+    with pytest.raises(FileExistsError, match="is a file: name a folder"):
+        check("d.zarr", overwrite=True)
+    (tmp_path / "c.zarr" / "my letters").touch()
+    with pytest.raises(FileExistsError, match=r"holds other things than cells \(my letters\): name another folder"):
+        check("c.zarr", overwrite=True)
+    (tmp_path / "c.zarr" / "zarr.json").touch()
+    with pytest.raises(FileExistsError, match="c.zarr exists: name another folder, or add --overwrite"):
+        check("c.zarr")
+    check("c.zarr", overwrite=True)
 
 
 def test_an_output_in_a_folder_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
