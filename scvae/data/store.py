@@ -454,7 +454,9 @@ def open_store(path: str | Path) -> Store:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _damaged(path, f"{_MANIFEST} is not the JSON that scvae writes") from None
     if form != _FORMAT:
-        raise OtherFormat(f"{path} is in format {form}; this version of scvae reads format {_FORMAT}. {_REMEDY}")
+        raise OtherFormat(
+            f"{path} is in format {str(form)[:20]}; this version of scvae reads format {_FORMAT}. {_REMEDY}"
+        )
     if digest != _digest(content):
         raise _damaged(path, f"{_MANIFEST} is not what was written")
     try:

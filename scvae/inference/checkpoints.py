@@ -347,7 +347,7 @@ class Checkpoints:
             return
 
         def told(name: str) -> str:
-            was, now = of.get(name, "nothing"), self.of[name]
+            was, now = _brief(str(of.get(name, "nothing"))), self.of[name]
             return f"{name} differs" if _SUM in f"{was} {now}" else f"{name} was {was} and is {now}"
 
         raise ValueError(
