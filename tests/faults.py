@@ -160,33 +160,44 @@ def every_fault(root, prepare, act, result, *, numbers=(errno.ENOSPC, errno.EIO)
     AssertionError
         If the folder is neither as it was before nor as it is to be after, or the message does not say what and where.
     """
+    calls, new = undisturbed(root, prepare, act, result)
+    for number in numbers:
+        for for_ever in (False, True):
+            for n in places or range(1, len(calls) + 1):
+                faults = Faults(root / f"{number}_{for_ever}_{n}", n, number, for_ever=for_ever)
+                one_fault(faults, prepare, act, result, new, may_be_there)
+    return calls
+
+
+def undisturbed(root, prepare, act, result):
+    """Return the calls of a run in which none fails, and what it has written."""
     clean = root / "clean"
     clean.mkdir()
     prepare(clean)
     with failing(counted := Faults(clean, 10**9)):
         act(clean)
-    new = result(clean)
-    for number in numbers:
-        for for_ever in (False, True):
-            for n in places or range(1, len(counted.calls) + 1):
-                folder = root / f"{number}_{for_ever}_{n}"
-                folder.mkdir()
-                prepare(folder)
-                before, raised = tree(folder), None
-                with failing(faults := Faults(folder, n, number, for_ever=for_ever)):
-                    try:
-                        act(folder)
-                    except OSError as error:
-                        raised = error
-                where = f"call {n} of {faults.calls}"
-                assert faults.reached, where
-                assert not [name for name in tree(folder) if ".part" in name], where
-                if raised is None:
-                    assert result(folder) == new, where
-                else:
-                    after = tree(folder)
-                    assert after == before or (may_be_there and before.items() <= after.items()), where
-                    assert os.strerror(number) in str(raised), (where, raised)
-                    assert str(folder) in str(raised), (where, raised)
-                    assert ".part" not in str(raised), (where, raised)
-    return counted.calls
+    return counted.calls, result(clean)
+
+
+def one_fault(faults, prepare, act, result, new, may_be_there=False):
+    """Do something once in the folder of the faults, which is made: see :func:`every_fault`."""
+    folder = Path(faults.folder)
+    folder.mkdir()
+    prepare(folder)
+    before, raised = tree(folder), None
+    with failing(faults):
+        try:
+            act(folder)
+        except OSError as error:
+            raised = error
+    where = f"call {faults.n} of {faults.calls}"
+    assert faults.reached, where
+    assert not [name for name in tree(folder) if ".part" in name], where
+    if raised is None:
+        assert result(folder) == new, where
+    else:
+        after = tree(folder)
+        assert after == before or (may_be_there and before.items() <= after.items()), where
+        assert os.strerror(faults.number) in str(raised), (where, raised)
+        assert str(folder) in str(raised), (where, raised)
+        assert ".part" not in str(raised), (where, raised)

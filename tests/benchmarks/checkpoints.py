@@ -230,6 +230,12 @@ PHASES = {
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
+def processor_of(process):
+    """Return the seconds of the processor that a process has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def signals(n_times=5):
     from scvae.__main__ import main
 
@@ -252,7 +258,7 @@ def signals(n_times=5):
     for phase in GIVEN or PHASES:
         mark, latest = PHASES[phase]
         for number, code in CODES.items():
-            seconds, valid = [], 0
+            seconds, computed, valid = [], [], 0
             for _ in range(n_times):
                 shutil.rmtree(folder / "kept", ignore_errors=True)
                 shutil.rmtree(folder / "model", ignore_errors=True)
@@ -273,10 +279,12 @@ def signals(n_times=5):
                 os.close(write)
                 assert os.read(read, 1), "ended before the phase"
                 time.sleep(rng.uniform(0, latest))
-                sent = time.perf_counter()
+                sent, before = time.perf_counter(), processor_of(child)
                 os.kill(child, number)
-                found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                _, status, used = os.wait4(child, 0)
+                found = os.waitstatus_to_exitcode(status)
                 seconds.append(time.perf_counter() - sent)
+                computed.append(used.ru_utime + used.ru_stime - before)
                 os.close(read)
                 assert found == code, (phase, number, found, (folder / "log").read_text()[-2000:])
                 if (folder / "model").exists():  # it was in place already
@@ -293,7 +301,7 @@ def signals(n_times=5):
             same = all(torch.equal(value, again[name]) for name, value in expected.items())
             print(
                 f"{phase:13s} {number.name:8s} exit code {code:3d}, at most {max(seconds):.2f} s "
-                f"(median {statistics.median(seconds):.2f}), a valid checkpoint "
+                f"(median {statistics.median(seconds):.2f}; of the processor {max(computed):.2f}), a valid checkpoint "
                 f"in {valid} of {n_times}, then resumed: {'bitwise equal' if same else 'NOT EQUAL'}",
                 flush=True,
             )

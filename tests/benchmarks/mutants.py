@@ -16,6 +16,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 from unittest.mock import patch
 
@@ -25,6 +27,7 @@ import strangers
 
 import scvae
 from scvae.data.shuffling import shuffled
+from scvae.inference import svi
 from scvae.inference.svi import NonFiniteLoss, Run
 
 
@@ -96,15 +99,17 @@ def checkpoints(root: Path) -> tuple:
     """Return the checkpoints of a training that was interrupted, and the like."""
     cells = strangers.cells()
     options = {"batch_key": "batch", "n_latent": 2, "n_hidden": 4, "min_steps": 60, "max_steps": 60, "batch_size": 32}
-    advance = Run.advance
+    advance, times = Run.advance, count()
 
     def interrupted(self, pace):
-        if self.step.taken == 30:
+        if self.step.taken == 52:
             raise KeyboardInterrupt
         advance(self, pace)
 
     def load(folder: Path) -> scvae.Fitted:
-        return scvae.fit(cells.copy(), checkpoint=folder, resume=True, progress=False, **options)
+        # To record a step takes longer than to take these few, so it is done in one of ten; the numbers are the same.
+        with patch.object(svi, "Recorded", None) if next(times) % 10 else nullcontext():
+            return scvae.fit(cells.copy(), checkpoint=folder, resume=True, progress=False, **options)
 
     with patch.object(Run, "advance", interrupted):
         scvae.fit(cells.copy(), checkpoint=root / "kept", checkpoint_minutes=1e-9, progress=False, **options)

@@ -4,6 +4,10 @@ One process with minibatches of `size` cells is measured beside two that share s
 beside two that share one of twice the size (as many each as the one process has). All run in one thread, bound to a
 core of their own, with the default settings and 2,000 genes, and take turns; of each the median of the steps is given,
 the least over the turns. Printed beside it: the exchange alone, of as many numbers as the program has parameters.
+
+``python tests/benchmarks/ranks.py --programs``: two and three processes fit every program with every posterior and
+prior that it has, 100 steps; whether all numbers of the model are the same, bit by bit, in all of them; and how far
+those after 40 steps without noise are from those of one process, the statistics of the batch normalisation held.
 """
 
 from __future__ import annotations
@@ -15,7 +19,11 @@ import socket
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
 from time import perf_counter
+from typing import Any, get_args, get_type_hints
 
 N_CELLS, N_GENES = 4000, 2000
 
@@ -74,13 +82,73 @@ def run(n: int, size: int, n_steps: int) -> dict[str, float]:
     return json.loads(texts[0].splitlines()[-1])
 
 
+def combinations() -> Iterator[dict[str, Any]]:
+    """Yield every program with every posterior and prior that it has, and, with labels, those that take them."""
+    from scvae.programs import PROGRAMS
+
+    for name, program in PROGRAMS.items():
+        hints = get_type_hints(program.Options)
+        choices = {what: get_args(hints[what]) for what in ("posterior", "prior") if what in hints}
+        more = {"prior": {"n_components": 4}, "pose": {"n_layers": 1}, "vq": {"n_codes": 8}}
+        more["vq_gaussian"] = {"n_codes": 8, "n_codebooks": 3}
+        for chosen in product(*choices.values()):
+            options = dict(zip(choices, chosen, strict=True))
+            own = more["prior"] if options.get("prior", "normal") != "normal" else {}
+            yield {"program": name, **options, **own, **more.get(name, {})}
+            if options == {"posterior": "normal", "prior": "mixture"} and not program.of_images:
+                yield {"program": name, **options, "labels_key": "label"}
+
+
+def programs(numbers: list[int]) -> None:
+    """Fit every program in several processes, and print how they agree with each other and with one process."""
+    sys.path[:0] = [str(Path(__file__).parents[1] / "inference")]
+    import numpy as np
+    import one_of_several as one
+    from test_ranks import Several
+
+    several = {n: Several(n) for n in numbers}
+    n_failed = 0
+    print("| fit | " + " | ".join(f"{n} processes | from one, at most" for n in numbers) + " |")
+    print("| --- |" + " --- | --- |" * len(numbers))
+    for options in combinations():
+        alone = one.stepped(0, **{key: value for key, value in options.items() if key != "labels_key"})
+        row = []
+        for each in several.values():
+            found = each("fitted", **options)
+            problem = next((str(fit)[:200] for fit in found if isinstance(fit, Exception)), "")
+            is_same = not problem and len({fit["digest"] for fit in found}) == 1 and found[0]["steps"] == 100
+            row.append("bitwise equal" if is_same else f"NOT EQUAL {problem}")
+            n_failed += not is_same
+            if "labels_key" in options:
+                row.append("")
+                continue
+            off = 0.0
+            for steps in each("stepped", **{key: value for key, value in options.items() if key != "labels_key"}):
+                if isinstance(steps, Exception):
+                    off = np.inf
+                    continue
+                for name, value in steps.items():  # the sums of the bound, in nats, relative to their size
+                    scale = np.abs(alone[name]).max() if name == "sums" else 1
+                    off = max(off, float(np.abs(value - alone[name]).max() / scale))
+            row.append(f"{off:.1e}")
+            n_failed += off > 1e-4
+        print(f"| {', '.join(map(str, options.values()))} | {' | '.join(row)} |", flush=True)
+    for each in several.values():
+        each.close()
+    print(f"\n{n_failed} of them at fault")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--programs", type=int, nargs="*", metavar="N", help="how many processes, by default 2 and 3")
     arguments = parser.parse_args()
+    if arguments.programs is not None:
+        programs(arguments.programs or [2, 3])
+        return
     if arguments.measure:
         measured(arguments.measure, arguments.steps)
         return
