@@ -30,7 +30,7 @@ def test_a_model_says_what_it_is(model):
     assert f"training: 6 of 6 steps in {model.course.seconds:.1f} s, finished" in repr(model)
     assert f"final ELBO: {model.history['elbo'].iloc[-1]:.1f} nats a cell" in repr(model)
     assert "device: cpu" in repr(model)
-    assert repr(model).endswith("writes to: .obsm['X_scvae']")  # also of files, where a fit writes nothing without output
+    assert repr(model).endswith("writes to: .obsm['X_scvae']")  # not that it did
     assert "<td style='text-align: left'>n_latent=3" in model._repr_html_()
 
 

@@ -66,7 +66,8 @@ def fitted(adata: anndata.AnnData, name: str, label: str, arguments: argparse.Na
     rows, paths = [], []
     for seed in arguments.seeds:
         for where in arguments.lie:
-            model = scvae.fit({"in memory": train, "on disk": cells}[where], batch_key="batch", seed=seed, progress=False)
+            source = {"in memory": train, "on disk": cells}[where]
+            model = scvae.fit(source, batch_key="batch", seed=seed, progress=False)
             likelihood = float(model.log_likelihood(test).mean())
             rows.append({"cells": name, "lie": where, "seed": seed, "log_likelihood": likelihood})
             rows[-1] |= {"steps": model.course.n_steps, "seconds": model.course.seconds}
