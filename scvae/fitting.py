@@ -180,7 +180,7 @@ def fit(
     SystemExit
         If a signal ended the training and it can be gone on with; its code is 75.
     TypeError
-        If an option is not known, or `adata` is not an AnnData.
+        If an option is not known, or `adata` is neither an AnnData nor names files of cells.
     scvae.inference.svi.NonFiniteLoss
         If the loss becomes NaN or infinite. The AnnData is then as it was.
 

@@ -33,6 +33,8 @@ _T = TypeVar("_T")
 #: What ``torchrun`` tells a process of the others.
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+#: Where the processes that ``torchrun`` started find each other, once this one has asked.
+_store: Any = None
 
 #: How long the others wait for a process: as long as it may take to read files. One that has ended is noticed at once.
 _PATIENCE = timedelta(days=1)
@@ -295,6 +297,3 @@ def _next_store(rank: int, n: int) -> Any:
             raise RuntimeError(f"Processes {sorted(missing)} of {n} have not been heard of: see what they say.")
         sleep(0.01)
     return c10d.PrefixStore(word, _store)
-
-
-_store: Any = None

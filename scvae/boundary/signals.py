@@ -51,10 +51,13 @@ class Signals:
 
     def __init__(self, folder: str | Path, gives_back: bool = True) -> None:
         self.folder, self.gives_back = folder, gives_back
-        #: The first one that was put off, and whether there is no more waiting for the step to end.
+        #: The first signal that was put off, if one was.
         self.number: int | None = None
+        #: Whether a signal is put off now, and whether one has waited for the step so long that it is not any more.
         self.is_put_off = self.is_overdue = False
+        #: The process that is watched, and what each signal was handled by before.
         self.pid, self.before = os.getpid(), dict[int, Any]()
+        #: Sends a signal again, after a while.
         self.timer: threading.Timer | None = None
 
     def install(self) -> None:

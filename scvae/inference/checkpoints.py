@@ -117,8 +117,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, seconds: float, resume: bool, signals: Signals) -> None:
         self.folder, self.seconds, self.resume, self.signals = folder, seconds, resume, signals
-        #: What a training has in common with those that it can go on from, by what it is called.
-        self.of: dict[str, Any] = {}
+        #: What the training is of, by what it is called; it can go on from those that are of the same.
+        self.subject: dict[str, Any] = {}
         #: Those that can be read, by the step.
         self.kept: dict[int, _Kept] = {}
         self.writer = ThreadPoolExecutor(1, "scvae-checkpoints")
@@ -126,8 +126,8 @@ class Checkpoints:
         self.started = perf_counter()  # of the time until the next one
         #: Why the last one could not be written, if so.
         self.fault = ""
-        #: Step and time at which several processes met, and the step at which they do so again.
-        self.met, self.met_at, self.meeting = 0, perf_counter(), 0
+        #: Step and time at which several processes last met, and the step at which they do so again.
+        self.last_meeting, self.last_met, self.next_meeting = 0, perf_counter(), 0
 
     def check_empty(self) -> None:
         """Refuse a folder with anything in it, unless the training is to go on from there."""
@@ -152,7 +152,7 @@ class Checkpoints:
         program, cells, training, seed, ranks
             What is trained, on what, how, and by whom.
         """
-        of = {
+        subject = {
             "format": _FORMAT,
             "scvae": version("scvae-pyro"),
             "torch": torch.__version__,
@@ -166,8 +166,8 @@ class Checkpoints:
             "n_genes": cells.n_genes,
             **vars(program.schema),
         }
-        self.of = {name: _brief(repr(value)) for name, value in of.items()}
-        self.of["what the data hold"] = _SUM + cells.digest()
+        self.subject = {name: _brief(repr(value)) for name, value in subject.items()}
+        self.subject["what the data hold"] = _SUM + cells.digest()
 
     def begin(self, run: Run) -> None:
         """Take a training up where the newest checkpoint that can be read was, or write the first one.
@@ -191,7 +191,7 @@ class Checkpoints:
             self._write(run)
         else:
             self._restore(run, state, tensors)
-        self.met, self.met_at, self.meeting = run.step.taken, perf_counter(), run.step.taken + 1
+        self.last_meeting, self.last_met, self.next_meeting = run.step.taken, perf_counter(), run.step.taken + 1
 
     def _restore(self, run: Run, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take a training up where it was, as the first process has read it."""
@@ -213,7 +213,7 @@ class Checkpoints:
         NonFiniteLoss
             If a checkpoint is due, and the weights are of no use.
         """
-        number, is_due = self._asked(run)
+        number, is_due = self._agreed(run)
         if number is not None:
             self._write(run)
             self._wait(is_last=True)
@@ -229,18 +229,18 @@ class Checkpoints:
             self._wait()
         return True
 
-    def _asked(self, run: Run) -> tuple[int | None, bool]:
+    def _agreed(self, run: Run) -> tuple[int | None, bool]:
         """Return the signal that came, if one did, and whether a checkpoint is due; the same in all processes."""
         if run.ranks.group is None:
             return self.signals.taken_up(), self.is_due(run)
         taken = run.step.taken
-        if taken < self.meeting and taken < run.until:
+        if taken < self.next_meeting and taken < run.until:
             return None, False
         now = perf_counter()
-        pause = (taken - self.met) * _BETWEEN_MEETINGS / (now - self.met_at)
+        pause = (taken - self.last_meeting) * _BETWEEN_MEETINGS / (now - self.last_met)  # steps, as fast as the last
         mine = [self.signals.number or 0, self.is_due(run), min(max(1, int(pause)), _MAX_PAUSE)]
         numbers, is_due, pauses = run.ranks.stacked(torch.tensor(mine)).T.tolist()
-        self.met, self.met_at, self.meeting = taken, now, taken + pauses[0]
+        self.last_meeting, self.last_met, self.next_meeting = taken, now, taken + pauses[0]
         if not max(numbers):
             return None, bool(is_due[0])
         self.signals.taken_up()
@@ -268,7 +268,7 @@ class Checkpoints:
             return
         tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in live.items()}
         bound = run.bounds[-1] if run.bounds else math.nan
-        content = json.dumps({"of": self.of, "run": state, "bound": bound})
+        content = json.dumps({"of": self.subject, "run": state, "bound": bound})
         self.writing = self.writer.submit(self._write_file, run.step.taken, bound, content, tensors)
 
     def _write_file(self, step: int, bound: float, content: str, tensors: dict[str, Tensor]) -> None:
@@ -315,7 +315,7 @@ class Checkpoints:
         for step, name in reversed(found):
             try:
                 data = files.read_checked(self.folder / name)
-                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+                header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])  # after its length
                 content = json.loads(header["__metadata__"]["scvae"])
                 bound = float(content["bound"])
                 if not isinstance(content["of"], dict) or not isinstance(content["run"], dict):
@@ -340,14 +340,14 @@ class Checkpoints:
             into[key].copy_(tensor)
         return content["run"]
 
-    def _check_same(self, of: Mapping[str, Any]) -> None:
+    def _check_same(self, subject: Mapping[str, Any]) -> None:
         """Refuse the checkpoints of another training, and say in what it differs."""
-        changed = [name for name in self.of if name not in of or of[name] != self.of[name]]
+        changed = [name for name, now in self.subject.items() if name not in subject or subject[name] != now]
         if not changed:
             return
 
         def told(name: str) -> str:
-            was, now = _brief(str(of.get(name, "nothing"))), self.of[name]
+            was, now = _brief(str(subject.get(name, "nothing"))), self.subject[name]
             return f"{name} differs" if _SUM in f"{was} {now}" else f"{name} was {was} and is {now}"
 
         raise ValueError(

@@ -33,6 +33,11 @@ from scvae.programs.program import Program
 
 __all__ = ["Course", "NonFiniteLoss", "Run", "Training", "train"]
 
+#: What a run draws, each by a seed of its own: which cells are held out, their order while the rate is level and while
+#: it falls, the cells to settle on, those with labels, and the noise of the latents.
+_SPLIT, _LEVEL, _FALL, _SETTLE, _LABELS, _NOISE = range(6)
+_COLUMNS = ("step", "elbo", "log_likelihood", "kl")  # of every history
+
 
 @dataclass(frozen=True)
 class Training(Options):
@@ -263,11 +268,10 @@ class Run:
         self.program, self.cells, self.training, self.ranks = program, cells, training, ranks
         self.started = perf_counter()
         self.seed = int(torch.randint(2**62, ()))
-        self.held_out, others = cells.split(training.n_held_out(len(cells)), seed_from(self.seed, _SPLIT))
-        self.everyone = torch.cat([self.held_out, others])
-        self.units, self.n_held_out = others, cells.n_in(self.held_out)
-        self.fewest, self.most = training.n_steps(n_minibatches(cells.n_in(others), training.batch_size))
-        self.every = -(-self.fewest // training.n_evaluations)
+        self._split()
+        self.n_held_out = cells.n_in(self.held_out)
+        self.fewest, self.most = training.n_steps(n_minibatches(cells.n_in(self.units), training.batch_size))
+        self.evaluate_every = -(-self.fewest // training.n_evaluations)
         self.settling = set() if parts else {round(fraction * self.fewest) for fraction in training.settled_at}
         self.check_every = 1 if cells.device.type == "cpu" else 50  # each check waits for the device
         capture: Capture | None = None  # counts that the host keeps for a GPU are copied step by step
@@ -297,6 +301,17 @@ class Run:
         if self.fall is not None:
             return self.until
         return max(self.fewest, round(self.step.taken / self.training.level))
+
+    @property
+    def is_falling(self) -> bool:
+        """Whether the rate falls in the next step: the cells that were held out are then trained on too."""
+        return self.fall is not None and self.step.taken >= self.fall
+
+    def _split(self) -> None:
+        """Hold out some cells, in units of them: single cells, or blocks of a store."""
+        n_held_out = self.training.n_held_out(len(self.cells))
+        self.held_out, self.units = self.cells.split(n_held_out, seed_from(self.seed, _SPLIT))
+        self.everyone = torch.cat([self.held_out, self.units])
 
     @property
     def lengths(self) -> set[int]:
@@ -358,7 +373,7 @@ class Run:
         rows, n_nonzero = next(self.source)
         pace(partial(step, rows, n_nonzero, self.source.n_drawn))
         self.recent.append(self.cells.origin(rows))
-        evaluate = step.taken % self.every == 0 or step.taken == self.until
+        evaluate = step.taken % self.evaluate_every == 0 or step.taken == self.until
         settle = step.taken in self.settling
         if (evaluate or settle or step.taken % self.check_every == 0) and not step.finite:
             raise _fault(self.step, self.recent, self.ranks)
@@ -385,9 +400,8 @@ class Run:
 
     def _shuffled(self) -> Shuffled:
         """Return the order of the cells that are trained on at this step."""
-        falls = self.fall is not None and self.step.taken >= self.fall
-        seed = seed_from(self.seed, _FALL if falls else _LEVEL)
-        units = self.everyone if falls else self.units
+        seed = seed_from(self.seed, _FALL if self.is_falling else _LEVEL)
+        units = self.everyone if self.is_falling else self.units
         return self.cells.shuffled(self.step.size, units, seed, self.ranks.rank, self.ranks.n)
 
     def _settle(self) -> None:
@@ -397,10 +411,11 @@ class Run:
         self._show(cells, rows, self.program.settle, seed)
 
     def _assign_labels(self) -> None:
+        """Let the program see which of its components the cells with a label are of."""
         seed = seed_from(self.seed, _LABELS, self.step.taken)
-        falls = self.fall is not None and self.step.taken >= self.fall
-        n = self.training.max_assigned_cells[self.step.taken == self.until]
-        cells, rows = self.cells.labelled(self.everyone if falls else self.units, n, seed)
+        n, n_at_the_end = self.training.max_assigned_cells
+        n = n_at_the_end if self.step.taken == self.until else n
+        cells, rows = self.cells.labelled(self.everyone if self.is_falling else self.units, n, seed)
         if len(rows):
             self._show(cells, rows, self.program.assign_labels, seed)
 
@@ -425,7 +440,7 @@ class Run:
         self.news["elbo"] = f"{row['elbo']:.1f}"
         if self.n_held_out:
             row["validation_elbo"] = math.nan
-            if self.fall is None or step.taken < self.fall:
+            if not self.is_falling:
                 cells, rows = self.cells.held(self.held_out)
                 row["validation_elbo"], slopes = bound_and_slopes(self.program, cells, rows, step.shrunk)
                 self.ranks.copy_first([slopes])
@@ -493,10 +508,7 @@ class Run:
         self.history = [dict(row) for row in content["history"]]
         self.bounds, self.news = list(content["bounds"]), dict(content["news"])
         self.started = perf_counter() - content["seconds"]
-        self.held_out, self.units = self.cells.split(
-            self.training.n_held_out(len(self.cells)), seed_from(self.seed, _SPLIT)
-        )
-        self.everyone = torch.cat([self.held_out, self.units])
+        self._split()
         self.program.load_state_dict(of("program"))
         self.step.restore(of("step"))
         self.decays.restore(of("decays"))
@@ -534,10 +546,6 @@ class Run:
     def close(self) -> None:
         """Let go of what is held for the next step."""
         self.source.close()
-
-
-_SPLIT, _LEVEL, _FALL, _SETTLE, _LABELS, _NOISE = range(6)  # what is drawn
-_COLUMNS = ("step", "elbo", "log_likelihood", "kl")  # of every history
 
 
 def _is_finite(parameters: Sequence[Tensor]) -> bool:
