@@ -75,7 +75,7 @@ class StoredCells(Cells):
     def __init__(self, store: Store, device: torch.device | str, memory: int, batch_size: int) -> None:
         self.store = store
         of_block = 2 * _n_bytes(store, store.block, store.most_nonzeros)  # in the window, and read ahead
-        n_blocks = memory // of_block - 2  # at its ends, an interval has blocks of which it needs some cells only
+        n_blocks = memory // of_block - 2  # a window begins and ends within a block, which is counted as a whole
         least = -(-_FEWEST_MINIBATCHES * batch_size // store.block)
         if n_blocks < least:
             raise ValueError(
@@ -304,18 +304,23 @@ class _Windows(Shuffled):
             order = torch.randperm(len(self.rows), generator=generator(self.seed, n_pass))
             self.order = n_pass, self.rows[order].numpy()
         blocks = self.order[1]
-        ends = np.cumsum(self.cells._n_cells(blocks))
+        lengths = self.cells._n_cells(blocks)
+        ends = np.cumsum(lengths)  # of the blocks, in the sequence of the cells of the pass
+        begin, end = self._interval(window)
+        runs = []
+        first, last = np.searchsorted(ends, [begin, end - 1], side="right")
+        for i in range(first, last + 1):
+            start, length = self.cells.store.block * int(blocks[i]), int(lengths[i])
+            before = int(ends[i]) - length
+            runs.append((start + max(begin - before, 0), start + min(end - before, length)))
+        return sorted(runs)
+
+    def _interval(self, window: int) -> tuple[int, int]:
+        """Return where the part of this process begins and ends in the sequence of the cells of a pass."""
         first, lengths = self._lengths(window)
         least, n_larger = divmod(self.n_cells, self.n_parts)
         begin = first * least + min(first, n_larger) + int(lengths[: self.rank].sum())
-        end = begin + int(lengths[self.rank].sum())
-        runs = []
-        one, other = np.searchsorted(ends, [begin, end - 1], side="right")
-        for i in range(one, other + 1):
-            start, after = int(self.cells.store.block * blocks[i]), int(ends[i])
-            n = int(self.cells._n_cells(blocks[i]))
-            runs.append((start + max(0, begin - after + n), start + n - max(0, after - end)))
-        return sorted(runs)
+        return begin, begin + int(lengths[self.rank].sum())
 
 
 class _Ahead:

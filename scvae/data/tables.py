@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,16 +64,12 @@ class Table:
         self.path, self.group, self.layer = path, group, layer
         self.where = "X" if layer is None else f"layers[{layer!r}]"
         for name in ("obs", "var"):
-            if name not in group or not hasattr(group[name], "keys"):
-                old = name in group
+            if name not in group:
+                raise ValueError(f"{path} holds no AnnData: {name!r} is missing.")
+            if not hasattr(group[name], "keys"):
                 raise ValueError(
-                    f"{path} "
-                    + (
-                        f"was written by an anndata before 0.7: read it with anndata.read_h5ad({str(path)!r}), and "
-                        "write it again."
-                        if old
-                        else f"holds no AnnData: {name!r} is missing."
-                    )
+                    f"{path} was written by an anndata before 0.7: read it with anndata.read_h5ad({str(path)!r}), and "
+                    "write it again."
                 )
         self.matrix = self._matrix()
         self.is_sparse = hasattr(self.matrix, "keys")
@@ -118,9 +115,7 @@ class Table:
             if hasattr(index, "keys"):  # categories, say
                 return [str(name) for name in pd.Index(read_elem(index))[np.asarray(rows)]]
             found = [index[int(row)] for row in rows]
-        found = [
-            value[()] if getattr(value, "ndim", None) == 0 and hasattr(value, "dtype") else value for value in found
-        ]
+        found = [value[()] if getattr(value, "ndim", None) == 0 else value for value in found]  # zarr gives arrays
         return [value.decode(errors="replace") if isinstance(value, bytes) else str(value) for value in found]
 
     def blocks(self, rows: int | None = None) -> Iterator[Block]:
@@ -239,22 +234,15 @@ class Table:
         """Return the error that says what is wrong with a row."""
         return ValueError(f"{self.path} is damaged: row {row:,} of {self.where}: {what}.")
 
-    def _reading(self, what: str) -> _Reading:
-        return _Reading(self.path, what)
-
-
-class _Reading:
-    """Say of an error in reading in which file and rows it occurred."""
-
-    def __init__(self, path: Path, what: str) -> None:
-        self.path, self.what = path, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, MemoryError):
-            raise ValueError(f"{self.path} is damaged: {self.what} cannot be read ({_reason(error)}).") from error
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Say of an error in reading in which file and rows it occurred."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{self.path} is damaged: {what} cannot be read ({_reason(error)}).") from error
 
 
 class Tables:
