@@ -238,7 +238,8 @@ SUBJECTS = {
         "boundary/hdf5 saved"
     ),
     "Cells in files": (
-        "sources data/tables data/store data/stored data/shuffling data/results data/variable_genes data/order"
+        "sources data/tables data/store data/stored data/shuffling data/bins data/results data/variable_genes "
+        "data/order"
     ),
     "Options and configurations": "boundary/options configurations fitting choices comparing tuning",
     "Programs, priors and posteriors": "programs modules distributions kernels",

@@ -14,8 +14,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from scipy import sparse, special
 
 from scvae.boundary import files, hdf5, locks
 from scvae.boundary.options import seed_of, whole
+from scvae.data.bins import Bins, Counts, drawn
 from scvae.data.categories import name_of
 from scvae.data.cells import Schema
 from scvae.data.reading import check_not_empty, check_values, covariates_of, labels_of, read_schema, some
@@ -34,7 +34,7 @@ from scvae.data.tables import Block, Tables, open_tables
 from scvae.data.variable_genes import chosen_genes
 from scvae.kernels import rows as loops
 
-__all__ = ["Counts", "drawn", "shuffled"]
+__all__ = ["shuffled"]
 
 _BLOCK = 64  # cells that have a checksum together
 _MOST_BINS = 256  # files that are open at once
@@ -187,18 +187,6 @@ def _plain(value: Any) -> Any:
 # ---- Reading and checking ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Counts:
-    """Checked counts of consecutive cells, CSR: values, genes, and where those of each cell end, after a first 0."""
-
-    first: int
-    values: np.ndarray
-    genes: np.ndarray
-    ends: np.ndarray
-    #: The narrowest type that holds the values: uint8, uint16 or float32.
-    dtype: np.dtype
-
-
 def _read(
     tables: Tables,
     schema: Schema,
@@ -294,7 +282,7 @@ def _write(
     n_bytes = sum(table.n_nonzero for table in tables.tables) * (2 + of_genes.itemsize) + 12 * tables.n_obs
     n_bins = min(max(1, -(-n_bytes * 4 // memory)), _MOST_BINS)  # a bin and its permutation take half of the memory
     rng = np.random.default_rng(seed)
-    with _Bins(folder / "bins", n_bins, of_genes, memory) as bins:
+    with Bins(folder / "bins", n_bins, of_genes, memory) as bins:
         for counts in counts_of_blocks():
             bins.scatter(counts, drawn(len(counts.ends) - 1, n_bins, rng))
         bins.finish()
@@ -367,91 +355,6 @@ def _known_of(tables: Tables, schema: Schema) -> dict[str, np.ndarray]:
     if schema.labels_key is not None and schema.labels:
         known["labels"] = labels_of(tables, schema.labels_key, schema.unlabeled)[0].astype(np.int32)
     return known
-
-
-def drawn(n: int, n_bins: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a bin for each of `n` cells, ``[n]``."""
-    return (rng.random(n) * n_bins).astype(np.int64)
-
-
-class _Bins:
-    """Cells in files on the disk, each in the one that was drawn for it.
-
-    A file is a sequence of pieces: the number of cells, of non-zeros, and bytes of a value (int64, three); row of each
-    cell (int64) and its non-zeros (int32); values (uint8, uint16, or float32); genes.
-    """
-
-    def __init__(self, folder: Path, n_bins: int, of_genes: np.dtype, memory: int) -> None:
-        folder.mkdir()
-        self.paths = [folder / str(i) for i in range(n_bins)]
-        room = min(max(memory // (16 * n_bins), 1 << 12), 1 << 18)
-        self._files = [open(path, "wb", buffering=room) for path in self.paths]
-        self.n_cells, self.n_nonzeros = [0] * n_bins, [0] * n_bins
-        self.dtype, self._of_genes = np.dtype(np.uint8), of_genes
-
-    def __enter__(self) -> _Bins:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for file in self._files:
-            with suppress(OSError):  # of a full disk, which was raised before
-                file.close()
-
-    def scatter(self, counts: Counts, chosen: np.ndarray) -> None:
-        """Add cells, each to the bin that was chosen for it."""
-        n_bins = len(self._files)
-        order = np.argsort(chosen, kind="stable")
-        bounds = np.searchsorted(chosen[order], np.arange(n_bins + 1))
-        values, genes, ends = _taken(counts.values, counts.genes, counts.ends, order, counts.dtype, self._of_genes)
-        rows, lengths = counts.first + order, np.diff(ends).astype(np.int32)
-        for i, file in enumerate(self._files):
-            a, b = bounds[i], bounds[i + 1]
-            if a == b:
-                continue
-            own = slice(ends[a], ends[b])
-            file.write(np.array([b - a, ends[b] - ends[a], counts.dtype.itemsize], dtype=np.int64).tobytes())
-            for array in (rows[a:b], lengths[a:b], values[own], genes[own]):
-                file.write(bytes_of(array))
-            self.n_cells[i] += int(b - a)
-            self.n_nonzeros[i] += int(ends[b] - ends[a])
-        if counts.dtype.itemsize > self.dtype.itemsize:
-            self.dtype = counts.dtype
-
-    def finish(self) -> None:
-        """Nothing more is added."""
-        for file in self._files:
-            file.close()
-
-    def take(self, i: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
-        """Return the rows, values, genes and ends of the cells of a bin in an order drawn at random; it is removed."""
-        rows, lengths = np.empty(self.n_cells[i], np.int64), np.empty(self.n_cells[i], np.int32)
-        values, genes = np.empty(self.n_nonzeros[i], self.dtype), np.empty(self.n_nonzeros[i], self._of_genes)
-        cell = nonzero = 0
-        with open(self.paths[i], "rb") as file:
-            while cell < len(rows):
-                n, n_nonzero, size = (int(number) for number in np.frombuffer(file.read(24), dtype=np.int64))
-                file.readinto(bytes_of(rows[cell : cell + n]))
-                file.readinto(bytes_of(lengths[cell : cell + n]))
-                own = slice(nonzero, nonzero + n_nonzero)
-                if size == self.dtype.itemsize:
-                    file.readinto(bytes_of(values[own]))
-                else:
-                    values[own] = np.frombuffer(file.read(n_nonzero * size), dtype=f"u{size}")
-                file.readinto(bytes_of(genes[own]))
-                cell, nonzero = cell + n, nonzero + n_nonzero
-        self.paths[i].unlink()
-        order = rng.permutation(len(rows))
-        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        return rows[order], *_taken(values, genes, ends, order, self.dtype, self._of_genes)
-
-
-def _taken(
-    values: np.ndarray, genes: np.ndarray, ends: np.ndarray, rows: np.ndarray, dtype: np.dtype, of_genes: np.dtype
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return all rows of a CSR matrix in another order, and in other types."""
-    taken = np.empty(len(values), dtype), np.empty(len(genes), of_genes), np.empty(len(ends), np.int64)
-    loops.take(values, genes, ends, rows, *taken)
-    return taken
 
 
 class _Summary:

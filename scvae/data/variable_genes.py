@@ -30,7 +30,7 @@ def chosen_genes(read: Callable[[], Iterable[Any]], schema: Schema, batch: np.nd
     Parameters
     ----------
     read
-        Goes through the cells, checked, in blocks of them (:class:`scvae.data.shuffling.Counts`).
+        Goes through the cells, checked, in blocks of them (:class:`scvae.data.bins.Counts`).
     schema
         Which has the genes to choose from.
     batch

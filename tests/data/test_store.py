@@ -20,8 +20,9 @@ from scipy import sparse, stats
 
 import scvae.data.shuffling
 from scvae.data import tables
+from scvae.data.bins import Bins, Counts, drawn
 from scvae.data.reading import read_cells, read_schema
-from scvae.data.shuffling import Counts, _Bins, drawn, shuffled
+from scvae.data.shuffling import shuffled
 from scvae.data.store import open_store, write_manifest
 
 HOW = {
@@ -136,7 +137,7 @@ def test_every_order_of_the_cells_is_equally_likely(tmp_path):
     counts = Counts(0, x.data, x.indices, x.indptr.astype(np.int64), np.dtype(np.uint8))
     for seed in range(1200):
         rng = np.random.default_rng(seed)
-        bins = _Bins(tmp_path / str(seed), 3, np.dtype(np.uint16), 1000)
+        bins = Bins(tmp_path / str(seed), 3, np.dtype(np.uint16), 1000)
         bins.scatter(counts, drawn(4, 3, rng))
         bins.finish()
         found[orders[tuple(np.concatenate([bins.take(i, rng)[0] for i in range(3)]).tolist())]] += 1
@@ -351,7 +352,7 @@ def killing(owner, name):
         return old(*args, **how)
     setattr(owner, name, new)
 
-for owner, name in [(shuffling._Bins, "scatter"), (shuffling._Bins, "take"), (shuffling, "write_manifest"),
+for owner, name in [(shuffling.Bins, "scatter"), (shuffling.Bins, "take"), (shuffling, "write_manifest"),
                     (shuffling._Checks, "all"), (os, "fsync"), (os, "rename")]:
     killing(owner, name)
 path = sys.argv[1]
