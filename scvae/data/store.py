@@ -153,8 +153,6 @@ class Store:
         #: Of all that the cells hold; other cells, or the same in another order, have another.
         self.digest = _digest(content["checksums"])
         self._are_cells_verified, self._is_origin_verified = np.zeros((2, len(checksums)), dtype=bool)
-        self._most = {"genes": self.n_genes, "labels": len(self.schema.labels), "file": len(self.files)}
-        self._most |= {f"codes/{i}": n for i, n in enumerate(self.schema.widths)}
 
     def _check_pieces(self, shapes: Mapping[str, Sequence[int]], n_bytes: int) -> None:
         """Check that the arrays that a store of these cells has lie in the file, and are of the lengths that they have.
