@@ -297,7 +297,7 @@ def test_another_version_is_refused(adata, tmp_path, monkeypatch):
 
 def test_what_a_stranger_puts_in_the_place_of_an_option_is_not_quoted_at_length(tmp_path):
     checkpoints = Checkpoints(tmp_path, 60, True, signals.Signals(tmp_path))
-    checkpoints.of = {"posterior": "'normal'", "seed": "0"}
+    checkpoints.subject = {"posterior": "'normal'", "seed": "0"}
     with pytest.raises(ValueError, match="posterior differs; seed was 1 and is 0") as refusal:
         checkpoints._check_same({"posterior": "é" * 1000, "seed": 1})
     assert "é" not in str(refusal.value)
