@@ -36,7 +36,7 @@ def refused(fit, unchanged):
         (-1, r"adata.X holds negative values, 2 of them, the first: -1.0 in cell 'cell_3', gene 'gene_5'; -1.0 in"),
         (np.nan, r"adata.X holds NaN or infinite values, 2 of them, the first: nan in cell 'cell_3', gene 'gene_5'"),
         (np.inf, r"adata.X holds NaN or infinite values, 2 of them, the first: inf in cell 'cell_3', gene 'gene_5'"),
-        (0.5, r"not whole numbers, 2 of them, the first: 0.5 in cell 'cell_3', .* pass check_counts=False"),
+        (0.5, r"not whole numbers, 2 of them, the first: 0.5 in cell 'cell_3', gene 'gene_5'; 0.5 in"),
     ],
 )
 def test_values_that_are_not_counts_are_named(adata, refused, cast, value, message):
@@ -44,7 +44,9 @@ def test_values_that_are_not_counts_are_named(adata, refused, cast, value, messa
     x[3, 5] = x[7, 2] = value
     adata.X = cast(x)
     refused(adata, ValueError, message)
-    refused(adata, ValueError, r"raw counts: name the layer that has them, layer=…")
+    refused(adata, ValueError, r"wants raw counts\. Whole numbers are in adata.layers\['counts'\]: pass layer='counts'")
+    del adata.layers["counts"]
+    refused(adata, ValueError, r"raw counts: name the layer that has them, layer=…, or .* program='gaussian'")
 
 
 def test_all_values_at_fault_are_counted_and_the_first_three_are_named(adata, refused, monkeypatch):
@@ -55,7 +57,12 @@ def test_all_values_at_fault_are_counted_and_the_first_three_are_named(adata, re
 
 def test_values_at_fault_in_a_layer_are_named_with_it(adata, refused):
     adata.layers["counts"] = adata.layers["counts"] * 0.3
-    refused(adata, ValueError, r"adata.layers\['counts'\] holds values that are not whole numbers", layer="counts")
+    message = r"adata.layers\['counts'\] holds values that are not whole numbers, .* are in adata.X: leave layer=… out"
+    refused(adata, ValueError, message, layer="counts")
+    adata.X = adata.layers["counts"]
+    refused(
+        adata, ValueError, r"raw counts: name the layer .* corrected upstream, .* check_counts=False", layer="counts"
+    )
 
 
 def test_negative_integers_are_refused(adata, refused):
@@ -160,7 +167,9 @@ def test_that_there_are_no_keys_at_all_is_said(adata, refused):
 def test_covariates_that_are_missing_in_some_cells_are_refused(adata, refused, option):
     column = "donor" if "cat" in option or "batch" in option else "age"
     adata.obs.loc[["cell_2", "cell_5"], column] = np.nan
-    message = rf"adata.obs\['{column}'\] is missing \(NaN\) in 2 cells \('cell_2', 'cell_5'\): fill it in, or leave"
+    message = (
+        rf"adata.obs\['{column}'\] is missing \(NaN\) in 2 cells \('cell_2', 'cell_5'\): fill it in, or leave .*notna"
+    )
     refused(adata, ValueError, message, **{option: column})
 
 

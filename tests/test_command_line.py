@@ -22,6 +22,7 @@ import scvae
 import scvae.__main__ as command_line
 import scvae.programs
 from scvae.boundary import formats
+from scvae.commands import app
 from scvae.commands.results import end_if_interrupted
 
 DATA = Path(__file__).parents[1] / "data" / "simulated_small.h5ad"
@@ -441,9 +442,9 @@ def test_a_folder_of_other_things_is_refused_for_a_model_before_training(run, ce
         ("learning_rate=fast", "learning_rate is a number"),
         ("encode_covariates=yes", "encode_covariates is True or False"),
         ("prior=", "prior is one of 'normal'"),
-        ("batch_size=10", "it is no option of the program"),
-        ("batch_key=batch", "it is no option of the program"),
-        ("adata=3", "it is no option of the program"),
+        ("batch_size=10", "it is no option of the program; pass --batch-size for it"),
+        ("batch_key=batch", "it is no option of the program; pass --batch-key for it"),
+        ("adata=3", "it is no option of the program; see scvae fit --help"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_those_there_are(run, no_work, option, message):
@@ -453,6 +454,30 @@ def test_a_wrong_option_is_one_line_that_names_those_there_are(run, no_work, opt
     assert message in err
     assert "Options of zinb: n_hidden, n_layers, " in err
     assert "of the training: learning_rate, " in err
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("pass layer='my counts'.", "pass --layer 'my counts'."),
+        ("name it, layer=…, or pass check_counts=False.", "name it, --layer …, or pass --no-check-counts."),
+        ("a = f(a, layer='counts') and program='gaussian'", "a = f(a, layer='counts') and --program gaussian"),
+        ("adata.layer='x', no_such='x', mask_var=None", "adata.layer='x', no_such='x', mask_var=None"),
+    ],
+)
+def test_a_message_names_the_options_of_the_command(told, expected):
+    command = typer.main.get_command(app.app).commands["fit"]
+    assert app._with_options(told, {option.name: option for option in command.params}) == expected
+
+
+def test_the_remedy_for_counts_in_a_layer_is_that_of_the_command_line(run, tmp_path):
+    adata = anndata.read_h5ad(DATA)
+    adata.layers["my counts"] = adata.X.copy()
+    adata.X = adata.X * 0.3
+    adata.write_h5ad("cells.h5ad")
+    code, _, err = run("fit", "cells.h5ad", "--model", "m")
+    assert (code, "pass --layer 'my counts'" in err) == (1, True)
+    assert run("fit", "cells.h5ad", "--model", "m", "--layer", "my counts", "--max-epochs", 1)[0] == 0
 
 
 def test_an_option_that_is_given_twice_is_refused(run, no_work):

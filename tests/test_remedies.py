@@ -57,9 +57,57 @@ def test_no_counts_at_all_is_said(adata, fit):
     fit(adata, layer="counts")
 
 
+def test_counts_in_a_layer(adata, fit):
+    new = adata.copy()
+    new.X = adata.X = np.log1p(adata.X.toarray() / 3)
+    with pytest.raises(ValueError, match="whole numbers") as error:
+        fit(adata)
+    model = fit(adata, layer=line_of(error, r"pass layer='(\w+)'"))
+    assert np.isfinite(model.embed(new)).all()
+
+
+def test_counts_in_a_layer_of_cells_for_a_model_of_x(adata, model):
+    expected = model.embed(adata)
+    adata.X = np.log1p(adata.X.toarray() / 3)
+    with pytest.raises(ValueError, match="whole numbers") as error:
+        model.embed(adata)
+    typed(line_of(error, r"(adata\.X = adata\.layers\['counts'\])"), adata)
+    assert np.array_equal(model.embed(adata), expected)
+
+
+def test_counts_in_x_for_a_model_of_a_layer(adata, fit):
+    model = fit(adata, layer="counts")
+    expected = model.embed(adata)
+    del adata.layers["counts"]
+    with pytest.raises(KeyError, match="has no 'counts'") as error:
+        model.embed(adata)
+    typed(line_of(error, r"(adata\.layers\['counts'\] = adata\.X)"), adata)
+    assert np.array_equal(model.embed(adata), expected)
+
+
+def test_a_layer_that_is_raw(adata, fit):
+    adata.raw = adata.copy()
+    del adata.layers["counts"]
+    adata.X = adata.X * 0.3
+    with pytest.raises(KeyError, match="has no 'raw'") as error:
+        fit(adata, layer="raw")
+    typed(line_of(error, r"(adata\.layers\['raw'\] = adata\.raw\[:, adata\.var_names\]\.X)"), adata)
+    fit(adata, layer="raw")
+
+
+def test_cells_whose_batch_is_missing(adata, fit):
+    adata.obs.loc[["cell_2", "cell_5"], "batch"] = np.nan
+    with pytest.raises(ValueError, match="missing") as error:
+        fit(adata, batch_key="batch")
+    kept = typed(line_of(error, r"(adata = adata\[.*?\.copy\(\))"), adata)
+    assert kept.n_obs == adata.n_obs - 2
+    fit(kept, batch_key="batch")
+
+
 @pytest.mark.parametrize("x", ["normalised", "none"])
 def test_counts_in_raw(adata, fit, x):
     adata.raw = adata.copy()
+    del adata.layers["counts"]
     adata.X = None if x == "none" else np.log1p(adata.X.toarray() / 3)
     with pytest.raises(ValueError, match=r"adata\.raw") as error:
         fit(adata)
@@ -71,6 +119,7 @@ def test_counts_in_raw_of_other_genes(adata, fit):
     raw = adata.copy()
     raw.var_names = [f"{name}-1" for name in raw.var_names]
     adata.raw, adata.X = raw, adata.X * 0.3
+    del adata.layers["counts"]
     with pytest.raises(ValueError, match=r"adata\.raw") as error:
         fit(adata)
     fit(typed(line_of(error, r"(adata = adata\.raw\.to_adata\(\))"), adata))

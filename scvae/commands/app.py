@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,23 +69,41 @@ class _Command(TyperCommand):
             from scvae.boundary.ranks import check_alone
 
             check_alone(f"scvae {self.name}")
-        cells = {"input", "query"} & ctx.params.keys() if "reference" not in ctx.params else {}
-        with progress.quiet(bool(ctx.params.get("quiet"))), _of_file(*(ctx.params[name] for name in cells)):
+        with progress.quiet(bool(ctx.params.get("quiet"))), _in_the_words_of(ctx):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _of_file(path: Path | None = None) -> Iterator[None]:
-    """Say of cells that a message calls ``adata`` which file they come from."""
+def _in_the_words_of(ctx: Any) -> Iterator[None]:
+    """Say of cells that a message calls ``adata`` which file they are of, and of arguments which options they are."""
     try:
         yield
     except (KeyError, ValueError) as error:
-        told = str(error.args[0]) if error.args else ""
-        if path is None or type(error) not in (KeyError, ValueError) or str(path) in told:
+        if type(error) not in (KeyError, ValueError) or not error.args:
             raise
-        if not re.search(r"\badata\.|\bAnnData\b", told):
+        told = _with_options(str(error.args[0]), {option.name: option for option in ctx.command.params})
+        cells = {"input", "query"} & ctx.params.keys() if "reference" not in ctx.params else set()
+        for path in [ctx.params[name] for name in cells]:
+            if path is not None and str(path) not in told and re.search(r"\badata\.|\bAnnData\b", told):
+                told = f"{path}: {told}"
+        if told == error.args[0]:
             raise
-        raise type(error)(f"{path}: {told}") from error
+        raise type(error)(told) from error
+
+
+def _with_options(told: str, options: dict[str, Any]) -> str:
+    """Return a message with arguments such as ``layer='counts'``, outside of calls, as options of the command."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        of = options.get(name)
+        if of is None or not of.opts[0].startswith("--"):
+            return found[0]
+        if value == "False":
+            return of.secondary_opts[0] if of.secondary_opts else found[0]
+        return f"{of.opts[0]} {value if value == '…' else shlex.quote(value.strip(chr(39)))}"
+
+    return re.sub(r"(?<![\w.])([a-z_]+)=('[^']*'|…|False)(?![^(]*\))", option, told)
 
 
 app = typer.Typer(
@@ -121,4 +140,5 @@ def _scvae(
 
 
 for _command in _COMMANDS:
-    app.command(cls=_Command)(_command)
+    # The whole first sentence, which is cut off otherwise.
+    app.command(cls=_Command, short_help=str(inspect.getdoc(_command)).partition("\n\n")[0])(_command)

@@ -446,17 +446,18 @@ def _check_options(program: str, options: dict[str, Any]) -> None:
     import inspect
 
     from scvae.choices import program_of, split_options
-    from scvae.fitting import fit
+    from scvae.fitting import fit as fit_cells
     from scvae.inference.svi import Training
 
     kind, _ = program_of(program)
-    of_fit = inspect.signature(fit).parameters
+    of_fit, of_command = inspect.signature(fit_cells).parameters, inspect.signature(fit).parameters
     there_are = f"Options of {program}: {', '.join(name for name in kind.option_names() or () if name not in of_fit)}"
     there_are += f"; of the training: {', '.join(name for name in Training.names() if name not in of_fit)}"
     for name, value in options.items():
         text = f"--option {name}={value if isinstance(value, str) else json.dumps(value)}"
         if name in of_fit:
-            raise ValueError(f"{text}: it is no option of the program; see scvae fit --help for it. {there_are}")
+            where = f"pass --{name.replace('_', '-')}" if name in of_command else "see scvae fit --help"
+            raise ValueError(f"{text}: it is no option of the program; {where} for it. {there_are}")
         try:
             split_options(kind, {name: value})
         except TypeError as error:

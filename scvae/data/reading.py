@@ -278,9 +278,10 @@ def column_of(adata: AnnData, key: str | int) -> pd.Series:
     column = _any_column_of(adata, key)
     missing = column.isna().to_numpy()
     if missing.any():
+        left_out = f"fill it in, or leave those cells out, adata = adata[adata.obs[{key!r}].notna()].copy()"
         raise ValueError(
             f"adata.obs[{key!r}] is missing (NaN) in "
-            f"{_these(adata, missing, 'fill it in, or leave those cells out', 'fill it in, or name another column')}."
+            f"{_these(adata, missing, left_out, 'fill it in, or name another column')}."
         )
     return column
 
@@ -392,7 +393,7 @@ def _gene_mask(adata: AnnData, mask_var: str | None) -> np.ndarray:
 def _check_unique(names: pd.Index) -> None:
     if not names.is_unique:
         raise ValueError(
-            f"adata.var_names has repeats, {some(names[names.duplicated()])}: genes are matched by name. Call "
+            f"adata.var_names has repeats, {some(names[names.duplicated()].unique())}: genes are matched by name. Call "
             "adata.var_names_make_unique() first."
         )
 
@@ -484,11 +485,15 @@ def matrix_of(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     if layer is None:
         matrix, where = adata.X, "adata.X"
         if matrix is None:
-            raise ValueError(f"adata.X is empty: name the layer that holds the counts, layer=….{_in_raw(adata)}")
+            raise ValueError(
+                f"adata.X is empty: name the layer that holds the counts, layer=….{_counts_elsewhere(adata, layer)}"
+            )
     else:
         if layer not in adata.layers:
             names = [name for name in adata.layers if name is not None]  # None is .X, from anndata 0.13 on
-            raise KeyError(f"adata.layers has no {layer!r}; it has {some(names) or 'none'}.")
+            raise KeyError(
+                f"adata.layers has no {layer!r}; it has {some(names) or 'none'}.{_counts_elsewhere(adata, layer)}"
+            )
         matrix, where = adata.layers[layer], f"adata.layers[{layer!r}]"
     if sparse.issparse(matrix) and matrix.format in ("csr", "csc"):
         check_sparse(matrix, where, adata.obs_names if matrix.format == "csr" else adata.var_names)
@@ -497,15 +502,27 @@ def matrix_of(adata: AnnData, layer: str | None) -> tuple[Any, str]:
     return matrix, where
 
 
-def _in_raw(adata: AnnData) -> str:
-    """Return how to get at counts that are in ``.raw``, if they are there."""
+def _counts_elsewhere(adata: AnnData, layer: str | None) -> str:
+    """Return where there are counts, if not in the layer that was named (None is ``.X``), and how to have them read."""
+    if layer is not None and adata.X is not None and _are_whole(adata.X):
+        return f" Whole numbers are in adata.X: leave layer=… out, or adata.layers[{layer!r}] = adata.X."
+    for name, matrix in adata.layers.items():
+        if name not in (None, layer) and _are_whole(matrix):
+            if layer is not None:
+                return f" Whole numbers are in adata.layers[{name!r}]: pass layer={name!r}."
+            return (
+                f" Whole numbers are in adata.layers[{name!r}]: pass layer={name!r}, or, for a model that was fitted "
+                f"to adata.X before, adata.X = adata.layers[{name!r}]."
+            )
     if adata.raw is None or not _are_whole(adata.raw.X):
         return ""
-    if adata.var_names.isin(adata.raw.var_names).all():
-        line = "adata.layers['counts'] = adata.raw[:, adata.var_names].X, and pass layer='counts'"
-    else:
-        line = "adata = adata.raw.to_adata()"
-    return f" Whole numbers are in adata.raw: {line}."
+    if not adata.var_names.isin(adata.raw.var_names).all():
+        return " Whole numbers are in adata.raw: adata = adata.raw.to_adata()."
+    name = layer or "counts"
+    return (
+        f" Whole numbers are in adata.raw: adata.layers[{name!r}] = adata.raw[:, adata.var_names].X, and pass "
+        f"layer={name!r}."
+    )
 
 
 def _are_whole(matrix: Any) -> bool:
@@ -603,17 +620,7 @@ def check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, wher
                 f"{counts.data[k]} in cell {adata.obs_names[i]!r}, {feature} {schema.genes[counts.indices[k]]!r}"
                 for i, k in zip(cells, first, strict=True)
             )
-            remedy = "A count model wants raw counts: name the layer that has them, layer=…" + (
-                ", or pass check_counts=False for counts corrected upstream." if "whole" in what else "."
-            )
-            if schema.kind == "unit":
-                remedy = "Divide the images by their largest value, or model other pixels, pixels=…."
-            if schema.kind == "real" or (schema.kind == "unit" and "NaN" in what):
-                remedy = "Fill them in, or leave those cells out."
-            if "large" in what:
-                remedy = f"Numbers are taken up to {_LARGEST:.3g}: look at those cells, or change the units."
-            elif schema.kind == "counts" and schema.image_key is None and schema.layer is None:
-                remedy += _in_raw(adata)
+            remedy = _remedy(what, adata, schema)
             raise ValueError(f"{where} holds {what}, {n_wrong} of them, the first: {at}. {remedy}")
     if schema.kind == "counts" and counts.nnz and counts.data.max() > _LARGEST_WHOLE:
         k = int(counts.data.argmax())
@@ -623,6 +630,25 @@ def check_values(counts: sparse.csr_matrix, adata: AnnData, schema: Schema, wher
             f"{schema.genes[counts.indices[k]]!r}: single precision rounds them to some seven digits.",
             stacklevel=4,
         )
+
+
+def _remedy(what: str, adata: AnnData, schema: Schema) -> str:
+    """Return what to do about values that cannot be modelled, for a message."""
+    if "large" in what:
+        return f"Numbers are taken up to {_LARGEST:.3g}: look at those cells, or change the units."
+    if schema.kind == "real" or (schema.kind == "unit" and "NaN" in what):
+        return "Fill them in, or leave those cells out."
+    if schema.kind == "unit":
+        return "Divide the images by their largest value, or model other pixels, pixels=…."
+    if schema.image_key is not None:
+        return "These pixels are counts, which are whole numbers: model other pixels, pixels=…."
+    if elsewhere := _counts_elsewhere(adata, schema.layer):
+        return f"A count model wants raw counts.{elsewhere}"
+    corrected = " Counts that were corrected upstream, and not normalised, are taken with check_counts=False."
+    return (
+        "A count model wants raw counts: name the layer that has them, layer=…, or read them from before they were "
+        "normalised. Real numbers are modelled by program='gaussian'." + corrected * ("whole" in what)
+    )
 
 
 def check_not_empty(

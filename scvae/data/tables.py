@@ -275,7 +275,7 @@ class Tables:
 
     def part(self, first: int) -> SimpleNamespace:
         """Return what tells the names of the cells from `first` on, as an AnnData of them would."""
-        return SimpleNamespace(obs_names=_Names(self, first), raw=None)
+        return SimpleNamespace(obs_names=_Names(self, first), X=None, layers={}, raw=None)
 
     def place(self, row: int) -> tuple[Table, int]:
         """Return the file that a cell is in, and its row there."""
