@@ -7,7 +7,7 @@
 # make bench   measure speed and memory beside scvi-tools, Harmony and the floor (DATA=folder for real data)
 # make docs    build the documentation into docs/_build/html, offline, and follow its links; the tutorials as they were saved
 # make docs-all
-#              the same, with all tutorials run again
+#              the same, with all tutorials run again (make test runs the fast ones, named in tests/test_tutorials.py)
 # make dist    build the wheel and the source archive, check them, and run the demonstration from the wheel alone
 # make clean   remove everything that make made
 #
@@ -44,7 +44,7 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python docs/check.py docs/_build/html
 
 docs-all: $(VENV)/.installed-docs $(VENV)/.installed-demo
-	OMP_NUM_THREADS=1 SCVAE_DOCS_NOTEBOOKS=force $(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore SCVAE_DOCS_NOTEBOOKS=force $(BIN)/python -m sphinx -W --keep-going -q -E -b html docs docs/_build/html
 	$(BIN)/python docs/check.py docs/_build/html
 
 # The wheel is installed where nothing of the repository is, and run in a folder where nothing is.

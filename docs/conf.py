@@ -36,6 +36,7 @@ generate.pages()
 generate.resolve_options()
 
 nb_execution_mode = os.environ.get("SCVAE_DOCS_NOTEBOOKS", "off")  # they keep their outputs; `make docs-all` runs them
+nb_execution_in_temp = True  # where nothing of the repository is, and what they write is removed
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -25,7 +25,7 @@ PLACED = {
     "CONTRIBUTING.md": "contributing.md",
     "docs/index.md": "index.md",
     "tutorials/README.md": "tutorials/index.md",
-    **{f"tutorials/{path.name}": f"tutorials/{path.name}" for path in (ROOT / "tutorials").glob("*.ipynb")},
+    **{f"tutorials/{path.name}": f"tutorials/{path.name}" for path in sorted((ROOT / "tutorials").glob("*.ipynb"))},
     **{
         str(path.relative_to(ROOT)): f"benchmarks/{'index.md' if path.name == 'README.md' else path.name}"
         for path in [*(ROOT / "tests/benchmarks").glob("*.md"), *(ROOT / "tests/benchmarks/results").glob("*.md")]
@@ -88,7 +88,9 @@ def place(source: Path, target: Path) -> None:
             text = f"# {RESULTS[source.stem]}\n\n{text}"
         if target.name == "index.md":
             inside = [Path(path).stem for path in PLACED.values() if Path(path).parent.name == target.parent.name]
-            names = "\n".join(name for name in dict.fromkeys(inside) if name != "index")
+            named = [Path(link).stem for link in re.findall(r"\]\(([^)\s:#]+)\)", text)]  # in the order of its table
+            inside = [name for name in dict.fromkeys(named + inside) if name in inside and name != "index"]
+            names = "\n".join(inside)
             text += f"\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
         write(target, text)
 
