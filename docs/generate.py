@@ -79,7 +79,13 @@ def pages() -> None:
 def place(source: Path, target: Path) -> None:
     """Copy a file of the repository to where it is a page, so that its links lead to pages or into the repository."""
     target.parent.mkdir(exist_ok=True)
-    if source.suffix != ".md":
+    if source.suffix == ".ipynb":
+        notebook = json.loads(source.read_text())
+        for part in notebook["cells"]:
+            if part["cell_type"] == "markdown":
+                part["source"] = linked("".join(part["source"]), source, target)
+        write(target, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    elif source.suffix != ".md":
         if not target.exists() or target.read_bytes() != source.read_bytes():
             shutil.copyfile(source, target)
     elif source.parent != DOCS and target.name != "changelog.md":

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_links_lead_from_a_copied_page_to_pages_and_into_the_repository():
         f"[a](changelog.md) [b]({generate.REPOSITORY}/blob/main/.ci/run) [c](https://x.org/y) [d](#here) "
         "[e](benchmarks/index.md#there)"
     )
+
+
+@pytest.mark.parametrize("source", sorted(ROOT.glob("tutorials/*.ipynb")), ids=lambda path: path.stem)
+def test_links_of_a_tutorial_lead_to_files_and_from_its_copy_to_pages(source, monkeypatch):
+    written = []
+    monkeypatch.setattr(generate, "write", lambda path, text: written.append(text))
+    generate.place(source, target := DOCS / "tutorials" / source.name)
+    made = {DOCS / path for path in generate.PLACED.values()}
+    for folder, text, places in ((source.parent, source.read_text(), ()), (target.parent, written[0], made)):
+        cells = json.loads(text)["cells"]
+        words = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        for link in re.findall(r"\]\(([^)\s]+)\)", words):
+            to = (folder / link.split("#")[0]).resolve()
+            assert "://" in link or to.exists() or to in places, link
 
 
 def test_every_public_name_has_a_page():
