@@ -15,6 +15,8 @@ each line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differ
 - ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without
   sample_key, beside Wilcoxon's.
 - ``cost``: 100,000 cells, 20 groups, 10 batches: seconds, and memory above the data.
+
+``--figure docs/bulk.png`` draws instead, of the first seed, the log fold changes of all ten pairs beside those of bulk.
 """
 
 from __future__ import annotations
@@ -69,12 +71,18 @@ def fit(adata: anndata.AnnData, batch_key: str | None = None, seed: int = 0, **t
     return scvae.fit(adata, batch_key=batch_key, seed=seed, progress=False, **training)
 
 
-def bulk(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+def truth_of(folder: Path) -> pd.DataFrame:
+    """Return the log2 of bulk counts per million + 1, the mean of both libraries, genes by line."""
     counts = pd.read_csv(folder / "cell_lines_bulk.csv.gz", index_col=0)
     of_library = np.log2(counts / counts.sum() * 1e6 + 1)
+    lines = sorted({name.rpartition("_")[0] for name in counts})
+    return pd.DataFrame({line: of_library[[f"{line}_1", f"{line}_2"]].mean(1) for line in lines})
+
+
+def bulk(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
     adata = anndata.read_h5ad(folder / "cell_lines.h5ad")
-    lines = sorted(adata.obs["cell_line"].unique())
-    truth = pd.DataFrame({line: of_library[[f"{line}_1", f"{line}_2"]].mean(1) for line in lines})
+    truth = truth_of(folder)
+    lines = list(truth)
     results = []
     for seed in seeds:
         model = fit(adata, "batch", seed)
@@ -314,6 +322,39 @@ def rates(table: pd.DataFrame) -> dict[str, float]:
     }
 
 
+def figure(folder: Path, seed: int, path: Path) -> None:
+    """Draw how the log fold changes of all pairs lie beside those of bulk: of sums of counts, and of scvae."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    adata, truth = anndata.read_h5ad(folder / "cell_lines.h5ad"), truth_of(folder)
+    model = fit(adata, "batch", seed)
+    cells = adata[:, model.genes].copy()
+    genes = [gene for gene in model.genes if gene in truth.index]
+    found: dict[str, list[pd.Series]] = {"sums of counts": [], "scvae.tl.differential": []}
+    changes = []
+    for a, b in itertools.combinations(truth, 2):
+        ours = compared(model, cells, "cell_line", a, b, seed=seed)["logfoldchanges"]
+        for parts, part in zip(found.values(), (pseudobulk(cells, "cell_line", a, b), ours), strict=True):
+            parts.append(part.reindex(genes).fillna(0))
+        changes.append((truth[a] - truth[b]).reindex(genes))
+    plt.rcParams["font.size"] = 11
+    drawn, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True, layout="constrained")
+    for ax, (name, parts) in zip(axes, found.items(), strict=True):
+        rank = np.mean([spearmanr(part, change)[0] for part, change in zip(parts, changes, strict=True)])
+        density = ax.hexbin(
+            pd.concat(changes), pd.concat(parts), gridsize=70, extent=(-12, 12, -12, 12), bins="log", mincnt=1
+        )
+        ax.axline((0, 0), slope=1, color="0.3", linewidth=0.8, linestyle="--")
+        ax.set(title=f"{name}\nSpearman correlation {rank:.3f}", xlabel="log2 fold change in bulk", aspect="equal")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("log2 fold change in single cells")
+    drawn.colorbar(density, ax=axes, label="genes × pairs of lines", shrink=0.85)
+    drawn.savefig(path, dpi=110)
+
+
 def show(results: list[dict[str, Any]], by: list[str]) -> None:
     print(pd.DataFrame(results).groupby(by, sort=False).mean(numeric_only=True).round(4).to_string(), flush=True)
 
@@ -334,11 +375,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--figure", type=Path, help="draw the fold changes beside those of bulk into this file")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     if arguments.measure:
         return measure(arguments.folder)
+    if arguments.figure is not None:
+        return figure(arguments.folder, arguments.seeds[0], arguments.figure)
     for part in arguments.only:
         print(f"== {part}", flush=True)
         found = PARTS[part](arguments.folder, arguments.seeds)
