@@ -341,18 +341,19 @@ def figure(folder: Path, seed: int, path: Path) -> None:
             parts.append(part.reindex(genes).fillna(0))
         changes.append((truth[a] - truth[b]).reindex(genes))
     plt.rcParams["font.size"] = 11
-    drawn, axes = plt.subplots(1, 2, figsize=(9, 4.4), sharex=True, sharey=True, layout="constrained")
+    drawn, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
     for ax, (name, parts) in zip(axes, found.items(), strict=True):
         rank = np.mean([spearmanr(part, change)[0] for part, change in zip(parts, changes, strict=True)])
         density = ax.hexbin(
-            pd.concat(changes), pd.concat(parts), gridsize=70, extent=(-12, 12, -12, 12), bins="log", mincnt=1
+            pd.concat(changes), pd.concat(parts), gridsize=(56, 32), extent=(-11, 11, -7.5, 7.5), bins="log", mincnt=1
         )
         ax.axline((0, 0), slope=1, color="0.3", linewidth=0.8, linestyle="--")
-        ax.set(title=f"{name}\nSpearman correlation {rank:.3f}", xlabel="log2 fold change in bulk", aspect="equal")
+        ax.set(title=f"{name}\nSpearman correlation {rank:.3f}", xlabel="log2 fold change in bulk")
+        ax.set(xlim=(-11, 11), ylim=(-7.5, 7.5))
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("log2 fold change in single cells")
     drawn.colorbar(density, ax=axes, label="genes × pairs of lines", shrink=0.85)
-    drawn.savefig(path, dpi=110)
+    drawn.savefig(path, dpi=100)
 
 
 def show(results: list[dict[str, Any]], by: list[str]) -> None:
