@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +46,7 @@ def volcano(
     rate
         False discovery rate up to which genes are coloured: red where the group has more, blue where it has less.
     n_names
-        Genes to name on either side, those with the highest scores; names that would cover others are left out.
+        Genes to name on either side, those with the highest scores; names for which there is no room beside others are left out.
     ax
         Where to draw; by default a new figure.
     show
@@ -131,27 +131,27 @@ def _one(groups: list[str], group: str | None) -> str:
 
 
 def _name(ax: Axes, name: str, x: float, y: float) -> Annotation:
-    side = 1 if x > 0 else -1
-    return ax.annotate(
-        str(name),
-        (x, abs(y)),
-        xytext=(4 * side, 0),
-        textcoords="offset points",
-        ha="left" if x > 0 else "right",
-        va="center",
-        fontsize=8,
-    )
+    return ax.annotate(str(name), (x, abs(y)), textcoords="offset points", va="center", fontsize=8, **_beside(x > 0))
+
+
+def _beside(on_the_right: bool, up: int = 0) -> dict[str, Any]:
+    """Return how a name stands beside its dot, some points above the middle of it."""
+    return {"xytext": (4, up), "ha": "left"} if on_the_right else {"xytext": (-4, up), "ha": "right"}
 
 
 def _make_room(ax: Axes, names: list[Annotation]) -> None:
-    """Widen the axes until the names lie within them, and leave out those that cover one before."""
+    """Widen the axes until the names lie within them; move those that cover one before, or leave them out."""
     for _ in range(4):  # names keep their size as the axes widen
         boxes = [name.get_window_extent().transformed(ax.transData.inverted()) for name in names]
         low, high = ax.get_xlim()
         ax.set_xlim(min([low, *(box.x0 for box in boxes)]), max([high, *(box.x1 for box in boxes)]))
     kept: list[Annotation] = []
     for name in names:
-        if any(name.get_window_extent().overlaps(other.get_window_extent()) for other in kept):
-            name.remove()
+        outward = name.xy[0] > 0
+        for place in (_beside(outward), _beside(outward, 5), _beside(outward, -5), _beside(not outward)):
+            name.set(position=place["xytext"], ha=place["ha"])
+            if not any(name.get_window_extent().overlaps(other.get_window_extent()) for other in kept):
+                kept.append(name)
+                break
         else:
-            kept.append(name)
+            name.remove()

@@ -412,6 +412,14 @@ def test_volcano_draws_the_table_and_names_what_differs(fitted, cells):
     assert not scvae.pl.volcano(table, n_names=0).texts
 
 
+def test_volcano_names_genes_that_lie_close_together_on_either_side():
+    genes = pd.DataFrame({"names": ["one", "two", "three"], "scores": [30.0, 29.9, -5.0]})
+    ax = scvae.pl.volcano(genes.assign(logfoldchanges=[2.0, 2.01, -1.0], pvals_adj=0.01))
+    assert {text.get_text() for text in ax.texts} == set(genes["names"])
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert not any(one.overlaps(two) for i, one in enumerate(boxes) for two in boxes[:i])
+
+
 def test_volcano_takes_an_anndata_and_wants_a_group_where_there_are_several(fitted, cells):
     table = differential(fitted, cells, "kind", progress=False, key_added="mine")
     _, ax = plt.subplots()
