@@ -464,7 +464,7 @@ def _warn_of_few(columns: np.ndarray, genes: Sequence[str], adata: AnnData) -> N
     if 2 * n_here < len(genes):
         warnings.warn(
             f"The AnnData has only {n_here} of the {len(genes)} genes of the model, and what the model says of these "
-            f"cells means little. {_other_names(adata, genes)}",
+            f"cells means little. Are the others there by other names? {_other_names(adata, genes)}",
             stacklevel=5,
         )
 
