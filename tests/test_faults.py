@@ -19,8 +19,10 @@ from scipy import sparse
 import scvae
 from scvae.boundary import files, formats, locks
 from scvae.commands.results import write_figure
+from scvae.data import results
 from scvae.data.shuffling import shuffled
 from scvae.data.store import open_store
+from scvae.data.tables import open_tables
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,16 +94,42 @@ def test_a_file_is_whole_or_as_it_was(tmp_path, name, is_there):
     )
 
 
-def test_a_folder_of_cells_is_whole_or_not_there(tmp_path, cells):
+# Every call by which a zarr folder is written, of many hundreds: tests/benchmarks/faults.py.
+
+
+@pytest.mark.parametrize("is_there", [False, True], ids=["new", "over another"])
+def test_a_folder_of_cells_is_whole_or_as_it_was(tmp_path, cells, is_there):
+    other = cells[:5].copy()
     calls = every_fault(
         tmp_path,
-        nothing,
+        lambda folder: formats.write(other, folder / "cells.zarr") if is_there else None,
         lambda folder: formats.write(cells, folder / "cells.zarr"),
         lambda folder: formats.read(folder / "cells.zarr").X.toarray().tobytes(),
-        numbers=[errno.ENOSPC],
-        places=[1, 2, 3, 10, 50, 100],
+        numbers=[errno.EIO if is_there else errno.ENOSPC],
+        places=[1, 10, 100],
     )
     assert len(calls) > 100
+    assert ("exchange" in calls) == is_there
+
+
+def test_results_that_are_streamed_to_a_folder_are_whole_or_as_they_were(tmp_path, cells, monkeypatch):
+    monkeypatch.setattr(results, "_CHUNK", 8)  # so that several chunks are written at a time
+    formats.write(cells, tmp_path / "cells.zarr")
+    tables = open_tables(tmp_path / "cells.zarr", None)
+
+    def write(folder, value=1.0):
+        results.write_array(folder / "out.zarr", tables, ("obsm", "X_scvae"), [(0, np.full((12, 2), value))])
+
+    places = [1, 40, 125, 300]
+    calls = every_fault(
+        tmp_path,
+        lambda folder: write(folder, 0.0),
+        write,
+        lambda folder: formats.read(folder / "out.zarr").obsm["X_scvae"].tolist(),
+        numbers=[errno.ENOSPC],
+        places=places,
+    )
+    assert len(calls) > max(places)
 
 
 def test_a_store_is_whole_or_as_it_was(tmp_path, cells):
@@ -121,7 +149,7 @@ def test_a_store_is_whole_or_as_it_was(tmp_path, cells):
     for prepare in (nothing, lambda folder: make(folder, seed=0)):
         root = tmp_path / str(calls)
         root.mkdir()
-        places = [1, 2, 3, 6, 12, 24, *range(30, 39)]  # every one: tests/benchmarks/strangers.md
+        places = [1, 2, 3, 6, 12, 24, *range(30, 39)]  # every one: tests/benchmarks/faults.py
         calls = len(every_fault(root, prepare, make, result, numbers=[errno.ENOSPC], places=places))
     assert calls > 38
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import h5py
     from anndata import AnnData
 
-__all__ = ["WRITTEN", "damaged", "read", "write"]
+__all__ = ["WRITTEN", "damaged", "read", "write", "zarr_ended"]
 
 WRITTEN = (".h5ad", ".zarr")
 _READ = "scvae reads .h5ad, 10x .h5, .zarr and .loom"
@@ -122,13 +122,20 @@ def _write_h5ad(adata: AnnData, path: Path) -> None:
 
 
 def _write_zarr(adata: AnnData, path: Path) -> None:
-    try:
+    with zarr_ended():
         adata.write_zarr(path)
+
+
+@contextmanager
+def zarr_ended() -> Iterator[None]:
+    """Let nothing be written to a zarr folder any more when an error leaves the block: the folder is removed then."""
+    try:
+        yield
     except BaseException:
         with suppress(Exception):  # zarr 2 has no tasks
             from zarr.core.sync import sync
 
-            sync(_all_done())  # or else they would write on into a folder that is removed
+            sync(_all_done())
         raise
 
 

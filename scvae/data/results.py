@@ -6,6 +6,7 @@ cells, one file after the other, and no matrix. It is there as a whole or not at
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -211,11 +212,12 @@ def _write_h5ad(part: Path, tables: Tables, fill: Callable[[Results], None]) -> 
         fill(Results(file, tables.n_obs, tables.n_vars))
 
 
+@formats.zarr_ended()
 def _write_zarr(part: Path, tables: Tables, fill: Callable[[Results], None]) -> None:
     import zarr
 
     if _is_copied(tables):
-        shutil.copytree(tables.tables[0].path, part)
+        _copy_folder(tables.tables[0].path, part)
     else:
         _joined(tables.tables).write_zarr(part)
     (part / ".zmetadata").unlink(missing_ok=True)  # metadata of all arrays in one file, from which nothing is changed
@@ -226,6 +228,19 @@ def _write_zarr(part: Path, tables: Tables, fill: Callable[[Results], None]) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of zarr 3, that other programs may not know of consolidated metadata
         zarr.consolidate_metadata(part)
+
+
+def _copy_folder(source: Path, part: Path) -> None:
+    """Copy a folder as far as the first file that cannot be; ``shutil.copytree`` would go on, and name them all."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, _, names in os.walk(source, onerror=fail, followlinks=True):
+        copy = part / Path(folder).relative_to(source)
+        copy.mkdir()
+        for name in names:
+            shutil.copyfile(Path(folder, name), copy / name)
 
 
 def _joined(tables: list[Table]) -> AnnData:

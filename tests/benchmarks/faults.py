@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -78,6 +80,7 @@ def of_zarr(root: Path) -> tuple:
 
 
 def streamed(sources: list[Path]) -> tuple:
+    results._CHUNK = 8  # so that there are several chunks
     tables = open_tables(sources, None)
 
     def fill(seed):
@@ -143,43 +146,51 @@ WRITERS = {
 }
 
 
+def cases(name: str, n_calls: int, is_there: bool) -> Iterator[tuple[int, int, bool]]:
+    """Yield which calls fail, with which error, and whether from there on."""
+    errors, calls = (errno.ENOSPC, errno.EIO), range(1, n_calls + 1)
+    if "zarr" in name:
+        yield from ((n, errors[(n + is_there) % 2], False) for n in calls)
+        yield from product(calls[::20], errors, [True])
+    else:
+        yield from product(calls, errors, [False, True])
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
-    print("| result | over another | calls | faults | raised or whole | at fault | seconds |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in sys.argv[1:] or WRITERS:
-        for is_there in (False, True):
-            with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-                root, start, wrong, n_faults = Path(folder), time.perf_counter(), [], 0
-                write, found = WRITERS[name](root)
+    print("| result | over another | calls | faults | at fault | seconds |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, is_there in product(sys.argv[1:] or WRITERS, (False, True)):
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+            root, start, n_faults, n_wrong = Path(folder), time.perf_counter(), 0, 0
+            write, found = WRITERS[name](root)
+            (root / "before").mkdir()
+            if is_there:
+                write(root / "before", 0)
 
-                def prepare(folder, is_there=is_there, write=write):
-                    if is_there:
-                        write(folder, 0)
+            def prepare(folder, before=root / "before"):
+                shutil.copytree(before, folder, dirs_exist_ok=True)
 
-                def act(folder, write=write):
-                    write(folder, 1)
+            def act(folder, write=write):
+                write(folder, 1)
 
-                calls, new = undisturbed(root, prepare, act, found)
-                for number in (errno.ENOSPC, errno.EIO):
-                    for for_ever in (False, True):
-                        for n in range(1, len(calls) + 1):
-                            place = root / "here"
-                            n_faults += 1
-                            try:
-                                faults = Faults(place, n, number, for_ever=for_ever)
-                                one_fault(faults, prepare, act, found, new, name == "checkpoint")
-                            except Exception as error:
-                                wrong.append(n)
-                                kind = errno.errorcode[number]
-                                last = f"{type(error).__name__}: {str(error)[-300:]}"
-                                print(f"{name}, {kind}{' for ever' * for_ever}, call {n}: {last}", file=sys.stderr)
-                            shutil.rmtree(place)
-                print(
-                    f"| {name} | {'yes' if is_there else 'no'} | {len(calls)} | {n_faults} | {n_faults - len(wrong)} | "
-                    f"{len(wrong)} | {time.perf_counter() - start:.0f} |",
-                    flush=True,
-                )
+            calls, new = undisturbed(root, prepare, act, found)
+            for n, number, for_ever in cases(name, len(calls), is_there):
+                place = root / "here"
+                n_faults += 1
+                try:
+                    faults = Faults(place, n, number, for_ever=for_ever)
+                    one_fault(faults, prepare, act, found, new, name == "checkpoint")
+                except Exception as error:
+                    n_wrong += 1
+                    how = f"{errno.errorcode[number]}{' for ever' * for_ever}"
+                    print(f"{name}, {how}, call {n}: {type(error).__name__}: {str(error)[-300:]}", file=sys.stderr)
+                shutil.rmtree(place)
+            print(
+                f"| {name} | {'yes' if is_there else 'no'} | {len(calls):,} | {n_faults:,} | {n_wrong} | "
+                f"{time.perf_counter() - start:.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
