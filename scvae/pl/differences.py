@@ -46,7 +46,8 @@ def volcano(
     rate
         False discovery rate up to which genes are coloured: red where the group has more, blue where it has less.
     n_names
-        Genes to name on either side, those with the highest scores; names for which there is no room beside others are left out.
+        Genes to name on either side, those with the highest scores; names for which there is no room beside others are
+        left out.
     ax
         Where to draw; by default a new figure.
     show
