@@ -243,16 +243,16 @@ SUBJECTS = {
     ),
     "Files, folders and saved models": (
         "boundary/files boundary/locks boundary/models boundary/outputs boundary/formats boundary/weights "
-        "boundary/hdf5 saved"
+        "boundary/hdf5 fits/saved"
     ),
     "Cells in files": (
-        "sources data/tables data/store data/stored data/shuffling data/bins data/results data/variable_genes "
+        "fits/sources data/tables data/store data/stored data/shuffling data/bins data/results data/variable_genes "
         "data/order"
     ),
-    "Options and configurations": "boundary/options configurations fitting choices comparing tuning",
+    "Options and configurations": "boundary/options fits/configurations fitting fits/choices comparing tuning",
     "Programs, priors and posteriors": "programs modules distributions kernels",
     "Training, checkpoints and several processes": "inference boundary/process boundary/ranks boundary/signals",
-    "Questions to a fitted model": "fitted asking denoising generating extending writing",
+    "Questions to a fitted model": "fitted fits/asking fits/denoising fits/generating fits/extending fits/writing",
     "Analyses": "tl",
     "Images, positions and neighbourhoods": "pp",
     "Figures": "pl",

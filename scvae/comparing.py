@@ -13,7 +13,7 @@ from anndata import AnnData
 
 from scvae.boundary.containers import check_anndata
 from scvae.boundary.options import seed_of, whole
-from scvae.configurations import arguments_of, drawn_split, given_split, naming, needed, schemas_of
+from scvae.fits.configurations import arguments_of, drawn_split, given_split, naming, needed, schemas_of
 from scvae.fitting import fit
 from scvae.inference.progress import Progress
 

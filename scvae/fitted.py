@@ -13,8 +13,6 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scvae import asking, denoising, generating, saved, writing
-from scvae.asking import CHUNK
 from scvae.boundary.containers import Files, are_files, check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import one_of, seed_of, whole
@@ -22,7 +20,9 @@ from scvae.boundary.process import alone, device_of
 from scvae.data import results
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.tables import Tables
-from scvae.extending import extended, with_batches
+from scvae.fits import asking, denoising, generating, saved, writing
+from scvae.fits.asking import CHUNK
+from scvae.fits.extending import extended, with_batches
 from scvae.inference import evidence, marginal
 from scvae.inference.marginal import as_of
 from scvae.inference.svi import Course, Training
@@ -240,8 +240,8 @@ class Fitted:
     ) -> Fitted:
         """Return a model that knows the batches of other cells too; what it says of known batches remains.
 
-        The new batches learn weights of their own and nothing else, on their own cells (:mod:`scvae.extending`). This
-        model is left as it is, and so are the cells: write to them with :meth:`transform` of what is returned.
+        The new batches learn weights of their own and nothing else, on their own cells (:mod:`scvae.fits.extending`).
+        This model is left as it is, and so are the cells: write to them with :meth:`transform` of what is returned.
 
         Parameters
         ----------

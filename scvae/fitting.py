@@ -14,17 +14,17 @@ from scvae.boundary.keys import check_key
 from scvae.boundary.options import Options, seed_of
 from scvae.boundary.process import alone, device_of
 from scvae.boundary.ranks import ranks_of
-from scvae.choices import choice_of
 from scvae.data.cells import Cells
 from scvae.data.reading import some
+from scvae.fits.choices import choice_of
+from scvae.fits.sources import source_of
+from scvae.fits.writing import check_writable
 from scvae.fitted import Fitted
 from scvae.inference.checkpoints import checkpoints_in
 from scvae.inference.progress import say
 from scvae.inference.svi import NonFiniteLoss, train
 from scvae.kernels.operations import loops_are_compiled
 from scvae.programs import Program
-from scvae.sources import source_of
-from scvae.writing import check_writable
 
 __all__ = ["fit"]
 

@@ -19,9 +19,9 @@ from scvae.boundary.keys import check_free, check_key
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.boundary.process import device_of
 from scvae.boundary.ranks import check_alone
-from scvae.choices import program_of, split_options
-from scvae.configurations import arguments_of, drawn_split, naming, needed, schemas_of
 from scvae.data.order import n_minibatches
+from scvae.fits.choices import program_of, split_options
+from scvae.fits.configurations import arguments_of, drawn_split, naming, needed, schemas_of
 from scvae.fitted import Fitted
 from scvae.fitting import fit
 from scvae.inference.progress import Progress

@@ -511,9 +511,9 @@ def test_no_wrong_argument_is_a_traceback(run, options):
 
 
 def test_a_type_error_of_a_check_is_one_line_and_that_of_a_defect_keeps_its_traceback(run, monkeypatch):
-    import scvae.configurations
+    import scvae.fits.configurations
 
-    monkeypatch.setattr(scvae, "fit", lambda *_, **__: scvae.configurations.arguments_of(3, {}))
+    monkeypatch.setattr(scvae, "fit", lambda *_, **__: scvae.fits.configurations.arguments_of(3, {}))
     code, _, err = run("fit", DATA, "--model", "m")
     assert (code, err.count("\n")) == (1, 1)
     assert "configurations maps names to arguments" in err

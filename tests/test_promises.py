@@ -14,7 +14,7 @@ from anndata import AnnData, ImplicitModificationWarning, read_h5ad
 from scipy import sparse
 
 import scvae
-from scvae import sources, writing
+from scvae.fits import sources, writing
 from scvae.programs import ZINB
 
 

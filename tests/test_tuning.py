@@ -16,8 +16,8 @@ import scvae
 import scvae.__main__ as command_line
 from scvae import pl, tuning
 from scvae.boundary import formats
-from scvae.choices import split_options
-from scvae.configurations import arguments_of
+from scvae.fits.choices import split_options
+from scvae.fits.configurations import arguments_of
 from scvae.inference.svi import Training
 from scvae.programs import PROGRAMS
 from scvae.tuning import small_changes, tune

@@ -445,7 +445,7 @@ def _check_options(program: str, options: dict[str, Any]) -> None:
     """Refuse options that there are not, and values out of their range, before anything is read."""
     import inspect
 
-    from scvae.choices import program_of, split_options
+    from scvae.fits.choices import program_of, split_options
     from scvae.fitting import fit as fit_cells
     from scvae.inference.svi import Training
 

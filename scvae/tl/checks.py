@@ -33,9 +33,9 @@ from scvae.boundary.options import Range, one_of, real, seed_of, whole
 from scvae.boundary.process import alone
 from scvae.data.cells import Batch, Cells
 from scvae.distributions import NegativeBinomial, Poisson, SparseCounts, ZeroInflatedNegativeBinomial
+from scvae.fits.writing import check_layer, of_all_genes
 from scvae.inference.evidence import posterior_draw
 from scvae.inference.pace import pace_of
-from scvae.writing import check_layer, of_all_genes
 
 if TYPE_CHECKING:
     from scvae.fitted import Fitted

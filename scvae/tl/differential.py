@@ -14,7 +14,6 @@ from anndata import AnnData
 from scipy.stats import false_discovery_control
 from torch import Tensor
 
-from scvae.asking import batch_codes, draws_of
 from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
 from scvae.boundary.options import Range, one_of, real, seed_of, whole
@@ -22,6 +21,7 @@ from scvae.boundary.process import alone
 from scvae.data.categories import name_of, named
 from scvae.data.cells import Batch, Schema
 from scvae.data.reading import categories_of, column_of, some, where_of
+from scvae.fits.asking import batch_codes, draws_of
 from scvae.fitted import Fitted
 from scvae.inference.marginal import as_of
 from scvae.inference.progress import say

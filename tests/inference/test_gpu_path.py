@@ -21,11 +21,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scvae import fitted, generating
+from scvae import fitted
 from scvae.boundary.process import seeded, unchecked
 from scvae.data.reading import read_cells, read_schema
 from scvae.data.shuffling import shuffled
 from scvae.data.stored import StoredCells
+from scvae.fits import generating
 from scvae.inference import marginal
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import CudaGraphs, _depends_on_values

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scvae.asking import batch_codes, draws_of, places_of
 from scvae.boundary.options import Range, real, whole
 from scvae.data.cells import Batch
+from scvae.fits.asking import batch_codes, draws_of, places_of
 from scvae.inference.marginal import as_of
 from scvae.programs import Program
 

@@ -14,9 +14,9 @@ import pandas as pd
 from anndata import AnnData
 
 from scvae.boundary.options import Range, real
-from scvae.choices import program_of, split_options
 from scvae.data.cells import Key, Schema
 from scvae.data.reading import categories_of, column_of, matrix_of, read_schema, rows_of, some, where_of
+from scvae.fits.choices import program_of, split_options
 from scvae.fitting import fit
 
 __all__ = ["arguments_of", "drawn_split", "given_split", "naming", "needed", "schemas_of"]

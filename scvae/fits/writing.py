@@ -18,13 +18,13 @@ import torch
 from anndata import AnnData
 from torch import Tensor
 
-from scvae.asking import CHUNK, ask_each, blocks_of, cells_for
 from scvae.boundary.containers import views_become_copies
 from scvae.boundary.keys import check_free, check_key, own_keys, stem_of
 from scvae.boundary.process import alone
 from scvae.data import results
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.data.tables import Tables
+from scvae.fits.asking import CHUNK, ask_each, blocks_of, cells_for
 from scvae.inference import marginal
 from scvae.inference.progress import Progress
 from scvae.inference.svi import Course
