@@ -57,4 +57,4 @@ def test_it_is_saved_with_its_outputs_and_without_paths(path):
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
     assert not FOLDERS.search(text(notebook))
     assert notebook.metadata.kernelspec.name == "python3"
-    assert path.stat().st_size < 400_000
+    assert path.stat().st_size < 1_000_000
