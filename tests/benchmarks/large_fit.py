@@ -64,7 +64,7 @@ def remove(path: Path) -> None:
 def fit(path: Path, memory: str) -> dict:
     """Fit a model and write its results; seconds and highest memory of each phase."""
     import scvae
-    from scvae import fitting
+    from scvae import fitting, sources
 
     warnings.simplefilter("ignore")
     small = path.with_suffix(".small.h5ad")
@@ -72,9 +72,8 @@ def fit(path: Path, memory: str) -> dict:
     scvae.fit(small, max_epochs=1, progress=False, output=small.with_suffix(".out.h5ad"))  # wakes the libraries
     remove(small)
     found = {"resident before, MB": resident() / 1e6}
-    names = {"shuffled": "shuffle", "train": "train", "_write_files": "embed"}
-    for name, phase in names.items():
-        owner = fitting.Fitted if name == "_write_files" else fitting
+    phases = ((sources, "shuffled", "shuffle"), (fitting, "train", "train"), (fitting.Fitted, "_write_files", "embed"))
+    for owner, name, phase in phases:
         setattr(owner, name, measured(getattr(owner, name), phase, found))
     start = time.perf_counter()
     output = path.with_suffix(".out.h5ad")

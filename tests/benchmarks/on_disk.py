@@ -40,8 +40,8 @@ def main() -> None:
             adata = prepared(name, arguments.folder)
             rows += fitted(adata, name, LABELS[name], arguments, Path(folder))
     table = pd.DataFrame(rows)
-    print(table.round(3).to_markdown(index=False))
-    print(table.groupby(["cells", "lie"])[["log_likelihood", "total_knn"]].agg(["mean", "std"]).round(3).to_markdown())
+    print(table.round(3).to_string(index=False))
+    print(table.groupby(["cells", "lie"])[["log_likelihood", "total_knn"]].agg(["mean", "std"]).round(3).to_string())
 
 
 def prepared(name: str, folder: Path) -> anndata.AnnData:
@@ -55,19 +55,26 @@ def prepared(name: str, folder: Path) -> anndata.AnnData:
 
 def fitted(adata: anndata.AnnData, name: str, label: str, arguments: argparse.Namespace, folder: Path) -> list[dict]:
     import scvae
-    from scvae import fitting
+    from scvae import sources
     from scvae.data import stored
 
     train, test = (adata[(adata.obs["split"] == part).to_numpy()].copy() for part in ("train", "test"))
     whole, cells = folder / f"{name}.h5ad", folder / f"{name}-train.h5ad"
     adata.write_h5ad(whole)
     train.write_h5ad(cells)
-    fitting.cells_of = stored.StoredCells  # the store is never loaded whole
+    windows = []
+
+    def windowed(*args):
+        windows.append(stored.StoredCells(*args))
+        return windows[-1]
+
+    sources.cells_of = windowed  # the store is never loaded whole
     rows, paths = [], []
     for seed in arguments.seeds:
         for where in arguments.lie:
             source = {"in memory": train, "on disk": cells}[where]
             model = scvae.fit(source, batch_key="batch", seed=seed, progress=False)
+            assert len(windows) == sum(row["lie"] == "on disk" for row in rows) + (where == "on disk")
             likelihood = float(model.log_likelihood(test).mean())
             rows.append({"cells": name, "lie": where, "seed": seed, "log_likelihood": likelihood})
             rows[-1] |= {"steps": model.course.n_steps, "seconds": model.course.seconds}
