@@ -1,4 +1,4 @@
-"""Follow every link within the built pages, and look for mathematics that was left as TeX.
+"""Follow every link within the built pages, and look for mathematics left as TeX and for what is loaded from elsewhere.
 
 ``python docs/check.py FOLDER``; the exit code is 1 where something is wrong.
 """
@@ -22,6 +22,7 @@ class Page(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[str] = []
+        self.loaded: list[str] = []  # with the page, from other hosts
         self.anchors: set[str] = set()
         self.text: list[str] = []
         self.within: list[tuple[str, bool]] = []
@@ -30,6 +31,8 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         found = dict(attributes)
         self.links += [value for name in ("href", "src") if (value := found.get(name))]
+        source = found.get("href") if tag == "link" and found.get("rel") == "stylesheet" else found.get("src")
+        self.loaded += [source] if source and urlsplit(source).netloc else []
         self.anchors |= {value for name in ("id", "name") if (value := found.get(name))}
         if tag not in ("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"):
             classes = (found.get("class") or "").split()
@@ -59,6 +62,7 @@ def faults(folder: Path) -> list[str]:
                 found.append(f"{name}: {link} leads nowhere")
             elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
                 found.append(f"{name}: {link}: there is no such place on that page")
+        found += [f"{name}: {link} is loaded from elsewhere, and is missing offline" for link in page.loaded]
         if left := TEX.search("".join(page.text)):
             found.append(f"{name}: mathematics was left as it was written: {left.group()!r}")
     return found or ([] if pages else [f"There are no pages in {folder}."])

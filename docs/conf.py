@@ -82,7 +82,8 @@ nitpick_ignore_regex = [
 
 html_theme = "sphinx_book_theme"
 html_title = f"scvae {release}"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_theme_options = {
     "repository_url": generate.REPOSITORY,
     "use_repository_button": True,

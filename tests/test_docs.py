@@ -123,6 +123,8 @@ def test_every_public_name_has_a_page():
         ('<a href="none.html">c</a>', "leads nowhere"),
         ('<img src="none.png">', "leads nowhere"),
         ('<a href="b.html#none">b</a>', "no such place"),
+        ('<script src="https://x.org/a.js"></script> <link rel="canonical" href="https://x.org/b">', "loaded from"),
+        ('<link rel="stylesheet" href="//x.org/a.css">', "loaded from"),
         ("<p>so $$ x $$</p>", "mathematics"),
         (r"<p>so \frac{1}{2}</p>", "mathematics"),
         (r'<p><span class="math">\(\frac{1}{2}\)</span> <code>\frac $$</code> US$ 5</p>', None),
