@@ -7,9 +7,10 @@ each line, genes by Ensembl id). Results go to ``tests/benchmarks/results/differ
   million + 1) over the genes of the model, and precision among the 100 strongest (bulk at least 1, same sign).
 - ``null``: random halves of one cell line and one blood type: shares of the genes with a p-value up to 0.05, and called
   at that false discovery rate, beside Wilcoxon's.
-- ``planted``: binomial thinning of chosen genes in one half of a cell type: slope of the estimated on the planted log
-  fold changes, and precision among the 100 strongest (and of those with the highest scores), beside sums of counts
-  (pseudobulk) and Wilcoxon's test.
+- ``planted``: binomial thinning of chosen genes in one half of a cell type, in such a way that both halves lose as many
+  counts: slope of the estimated on the planted log fold changes, and precision among the 100 strongest (and of those
+  with the highest scores), beside sums of counts (pseudobulk) and Wilcoxon's test; ``planted_many``, over more choices
+  of genes and halves, with little training.
 - ``power``: negative binomial counts, 5 % of the genes changed by a log2 of 1 or 2 up or down: recall and false
   discovery rate at 0.05, beside Wilcoxon's; ``power_many``, over more data sets, with little training.
 - ``donors``: simulated donors with an effect of their own, split at random into two groups; with and without
@@ -129,7 +130,7 @@ def null(folder: Path, seeds: list[int], n_splits: int = 40) -> list[dict[str, A
     return results
 
 
-def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+def planted(folder: Path, seeds: list[int], **training: Any) -> list[dict[str, Any]]:
     results = []
     for name, (key, group) in NULLS.items():
         for seed in seeds:
@@ -143,7 +144,7 @@ def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
             mean = np.asarray(adata.X[chosen].mean(0)).ravel()
             genes = rng.choice(np.flatnonzero(mean >= 0.1), 150, replace=False)
             change = np.zeros(adata.n_vars)
-            change[genes] = rng.choice([-2, -1, -0.5, 0.5, 1, 2], len(genes))
+            change[genes] = even(rng.choice([0.5, 1, 2], len(genes)), mean[genes])
             x = adata.X.toarray().astype(np.int64)
             for side, sign in (("a", 1), ("b", -1)):  # a gene goes up in one half as it is thinned in the other
                 rows, less = np.flatnonzero(half == side), np.minimum(sign * change, 0)
@@ -151,7 +152,7 @@ def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
             adata.X = sparse.csr_matrix(x.astype(np.float32))
             adata.obs["half"] = half
             adata = adata[np.asarray(adata.X.sum(1)).ravel() > 0].copy()
-            model = fit(adata, "batch", seed)
+            model = fit(adata, "batch", seed, **training)
             truth = pd.Series(change, adata.var_names).reindex(model.genes)
             cells = adata[:, model.genes]
             tables = {
@@ -178,12 +179,33 @@ def planted(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
                     called = table["pvals_adj"] <= RATE
                     result |= {
                         "precision100_by_score": float((np.sign(truth[first]) == np.sign(estimate[first])).mean()),
+                        "called": int(called.sum()),
                         "false": float((called & ~is_planted).sum() / max(1, called.sum())),
                         "recall": float(called[is_planted].mean()),
                     }
                 results.append(result)
         show(results, ["set", "method"])
     return results
+
+
+def even(size: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return log2 fold changes of these sizes, up or down so that thinning takes as many counts of either half.
+
+    Fractions sum to one: if one half lost more, the fractions of all genes that are left alone would differ too, and
+    would be no null. The gene with the most to lose is thinned first, each one in the half that has lost less so far.
+    """
+    loss = mean * (1 - 2.0**-size)
+    change, balance = np.zeros(len(size)), 0.0
+    for gene in np.argsort(-loss):
+        sign = -1 if balance > 0 else 1
+        change[gene] = sign * size[gene]
+        balance += sign * loss[gene]
+    return change
+
+
+def planted_many(folder: Path, seeds: list[int]) -> list[dict[str, Any]]:
+    """The same for 12 other choices of genes and halves, with five passes of training each."""
+    return planted(folder, list(range(100, 112)), max_epochs=5)
 
 
 def simulate(n: int, seed: int, n_genes: int = 1000, n_donors: int = 0) -> tuple[anndata.AnnData, np.ndarray]:
@@ -364,6 +386,7 @@ PARTS = {
     "bulk": bulk,
     "null": null,
     "planted": planted,
+    "planted_many": planted_many,
     "power": power,
     "power_many": power_many,
     "donors": donors,
