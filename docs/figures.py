@@ -52,7 +52,7 @@ def gaussian():
 def vq():
     """Codes by type, and how many are in use."""
     adata = scvae.datasets.pbmc68k()
-    model = scvae.fit(adata, "vq", n_codes=8, max_epochs=150, progress=False)
+    model = scvae.fit(adata, "vq", n_codes=8, max_epochs=100, progress=False)
     codes = adata.obs["scvae_code"].astype(int).to_numpy()
     types = adata.obs["cell_type"].value_counts().index[:7]
     shares = np.array([np.bincount(codes[adata.obs["cell_type"] == each], minlength=8) for each in types], dtype=float)
@@ -100,7 +100,7 @@ def pose():
     """Turned letters, the same upright, and the angles that were found."""
     adata, names, angles = letters(300, turned=True)
     model = scvae.fit(
-        adata, "pose", image_key="image", n_latent=2, n_hidden=64, max_epochs=60, batch_size=32, progress=False
+        adata, "pose", image_key="image", n_latent=2, n_hidden=64, max_epochs=50, batch_size=32, progress=False
     )
     figure, (left, right) = plt.subplots(1, 2, figsize=WIDE, layout="constrained", width_ratios=(3, 2))
     scvae.pl.reconstructions(model, adata, n=8, ax=left)
@@ -114,7 +114,7 @@ def pose():
 def matrix_normal():
     """What a single entry of a latent map changes in the image."""
     adata, names, _ = letters(400, turned=False)
-    options = {"n_latent": 4, "n_hidden": 16, "n_layers": 2, "max_epochs": 60, "batch_size": 32}
+    options = {"n_latent": 4, "n_hidden": 16, "n_layers": 2, "max_epochs": 40, "batch_size": 32}
     model = scvae.fit(adata, "matrix_normal", image_key="image", progress=False, **options)
     cell = adata[[list(names).index("F")]].copy()
     maps = model.embed(cell).reshape(4, 4, 4)
