@@ -42,7 +42,7 @@ __all__ = ["transfer_labels"]
 
 _MOST = 5000  # cells of a label that are looked at
 _PRIOR_CELLS = 10  # for which the covariance within all labels counts in that of one
-_N_FOLDS = 5
+_N_FOLDS = 20  # with few of them, what is left tells a label less well than all cells do, and the sets are too large
 
 
 def transfer_labels(

@@ -228,7 +228,7 @@ def test_so_many_cells_of_a_label_are_looked_at_and_folds_are_even(monkeypatch):
     np.testing.assert_array_equal(codes[rows], kept)
     assert 100 < rows[:50].mean() < 400  # not the first ones
     fold = _folds(kept, np.random.default_rng(0))
-    assert pd.crosstab(kept, fold).to_numpy().tolist() == [[10] * 5, [4] * 5]
+    assert pd.crosstab(kept, fold).to_numpy().tolist() == [[3] * 10 + [2] * 10, [1] * 20]
 
 
 # ---- With a model ------------------------------------------------------------------------------------------
