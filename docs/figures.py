@@ -112,26 +112,36 @@ def pose():
 
 
 def matrix_normal():
-    """What a single entry of a latent map changes in the image."""
+    """The posterior of a latent map: its mean, the standard deviations of its entries, and a draw."""
     adata, names, _ = letters(400, turned=False)
     options = {"n_latent": 4, "n_hidden": 16, "n_layers": 2, "max_epochs": 40, "batch_size": 32}
     model = scvae.fit(adata, "matrix_normal", image_key="image", progress=False, **options)
     cell = adata[[list(names).index("F")]].copy()
-    maps = model.embed(cell).reshape(4, 4, 4)
-    k = int(np.abs(maps).sum((1, 2)).argmax())
-    panels = [cell.obsm["image"][0], model.decode(maps.reshape(1, -1))[0].reshape(16, 16), maps[k]]
-    titles = ["image", "model", f"latent map {k + 1} of 4"]
-    for row, column in [(0, 0), (1, 2), (3, 3)]:
-        raised = maps.copy()
-        raised[k, row, column] += 3
-        panels.append(model.decode(raised.reshape(1, -1))[0].reshape(16, 16) - panels[1])
-        titles.append(f"entry ({row + 1}, {column + 1})\nraised by 3")
-    figure, axes = plt.subplots(1, 6, figsize=(8.4, 1.9), layout="constrained")
-    most = max(np.abs(each).max() for each in panels[3:])
-    for i, (ax, panel, title) in enumerate(zip(axes, panels, titles, strict=True)):
-        kind = {"cmap": "Greys", "vmin": 0, "vmax": 1} if i < 2 else {"cmap": "RdBu_r"}
-        limit = np.abs(panel).max() if i == 2 else most
-        ax.imshow(panel, **(kind if i < 2 else kind | {"vmin": -limit, "vmax": limit}))
+    draws = model.embed(cell, n_samples=4000)[:, 0].reshape(-1, 4, 4, 4)
+    mean = model.embed(cell).reshape(4, 4, 4)
+    k = int(np.abs(mean).sum((1, 2)).argmax())
+    images = [model.decode(each.reshape(1, -1))[0].reshape(16, 16) for each in (mean, draws[0])]
+    panels = {
+        "image": cell.obsm["image"][0],
+        f"mean $M_{k + 1}$": mean[k],
+        "standard deviations": draws[:, k].std(0),
+        f"a draw of $F_{k + 1}$": draws[0, k],
+        "image of the draw": images[1],
+        "image of the mean": images[0],
+    }
+    limit = max(np.abs(mean[k]).max(), np.abs(draws[0, k]).max())
+    figure, axes = plt.subplots(1, 6, figsize=(8.4, 1.7), layout="constrained")
+    for ax, (title, panel) in zip(axes, panels.items(), strict=True):
+        if "image" in title:
+            ax.imshow(panel, cmap="Greys", vmin=0, vmax=1)
+        elif "deviations" in title:
+            ax.imshow(panel, cmap="Blues", vmin=0)
+            for i, row in enumerate(panel):
+                for j, value in enumerate(row):
+                    colour = "white" if value > 0.6 * panel.max() else "black"
+                    ax.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=6, color=colour)
+        else:
+            ax.imshow(panel, cmap="RdBu_r", vmin=-limit, vmax=limit)
         ax.set_title(title, fontsize="small")
         ax.set(xticks=[], yticks=[])
     return figure, ()
