@@ -94,6 +94,10 @@ def transfer(
     coverage: Annotated[
         float, typer.Option(help="Probability with which a cell as in the reference has its label in its set.")
     ] = 0.9,
+    unseen_key: Annotated[
+        str | None,
+        typer.Option(help="Column of the reference's .obs, true of cells that the model has not seen: for thresholds."),
+    ] = None,
     key_added: Annotated[str, typer.Option(help="Key of the labels in .obs.")] = "transferred",
     seed: Annotated[int, typer.Option(help="The same seed gives the same labels.")] = 0,
     unknown_batch: Unknown = UnknownBatch.error,
@@ -122,6 +126,7 @@ def transfer(
         adata,
         labels_key,
         coverage=coverage,
+        unseen_key=unseen_key,
         key_added=key_added,
         seed=seed,
         unknown_batch=unknown_batch.value,

@@ -15,6 +15,10 @@ count the most. A label is in the set of a cell where :math:`d_y(z) \le \tau_y`,
 So cells as in the reference have their own label in their set with a probability of :math:`\gamma`, whatever the label;
 labels of too few cells take the threshold of all cells together. A cell with an empty set is out of the reference.
 
+Cells to which the model was not fitted often lie nearer to the mean of their label than those to which it was, and have
+it in their set more often than that. Where some cells of the reference were kept from the model, the thresholds can
+come from these alone (`unseen_key`).
+
 References
 ----------
 Vovk, Gammerman and Shafer 2005, Algorithmic Learning in a Random World, section 4.5 (label-conditional conformal
@@ -52,6 +56,7 @@ def transfer_labels(
     labels_key: str,
     *,
     coverage: float = 0.9,
+    unseen_key: str | None = None,
     key_added: str = "transferred",
     seed: int = 0,
     batch_size: int = 1024,
@@ -74,6 +79,9 @@ def transfer_labels(
     coverage
         Probability with which a cell as in the reference is to have its label in its set. Of such cells, at most the
         others are taken for out of the reference.
+    unseen_key
+        Column of ``reference.obs`` that is true of cells to which the model was not fitted: the thresholds then come
+        from these. By default they come from all.
     key_added
         Key to write to.
     seed
@@ -96,9 +104,10 @@ def transfer_labels(
     Raises
     ------
     KeyError
-        If the reference has no such column.
+        If the reference lacks a column.
     ValueError
-        If no cell of the reference has a label, an option is out of its range, or something of the user's would be
+        If no cell of the reference has a label; if `unseen_key` names a column that is not of true and false, or is
+        true of no cell with a label; if an option is out of its range, or something of the user's would be
         overwritten. The query is then as it was.
 
     Examples
@@ -118,6 +127,7 @@ def transfer_labels(
     _check_free(query, check_key("key_added", key_added), model)
     rows, codes, labels = _labelled(reference, labels_key)
     rows, codes = _at_most(rows, codes, np.random.default_rng(seed))
+    unseen = _unseen(reference, unseen_key, rows)
     z, std = model.embed(reference[rows], give_std=True, batch_size=batch_size)
     z_query: Any = model.embed(query, batch_size=batch_size, unknown_batch=unknown_batch, missing_genes=missing_genes)
 
@@ -129,7 +139,7 @@ def transfer_labels(
         if is_out.any() and not is_out.all():
             distances = _distances(z[~is_out], std[~is_out], codes[~is_out], len(labels), z[is_out])
             own[is_out] = distances[np.arange(is_out.sum()), codes[is_out]]
-    thresholds = _thresholds(own, codes, len(labels), coverage)
+    thresholds = _thresholds(np.where(unseen, own, np.inf), codes, len(labels), coverage)
     scores = _distances(z, std, codes, len(labels), z_query) / thresholds
     is_in = scores <= 1
 
@@ -146,6 +156,7 @@ def transfer_labels(
     )
     params: dict[str, Any] = {"labels_key": labels_key, "coverage": coverage, "seed": seed}
     params |= {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
+    params |= {} if unseen_key is None else {"unseen_key": unseen_key}  # a file holds no None
     with views_become_copies():
         query.obs[key_added] = table["label"]
         for name in table.columns[1:]:
@@ -171,6 +182,26 @@ def _labelled(reference: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, lis
         raise ValueError(f"reference.obs[{key!r}] is missing (NaN) in all cells: there is no label to carry over.")
     codes, labels = named(column.iloc[rows], where_of(key))
     return rows, codes, labels
+
+
+def _unseen(reference: AnnData, key: str | None, rows: np.ndarray) -> np.ndarray:
+    """Return which of some cells the thresholds come from, ``[n]``."""
+    if key is None:
+        return np.ones(len(rows), dtype=bool)
+    if key not in reference.obs:
+        raise KeyError(f"reference.obs has no column {key!r}; it has {some(reference.obs.columns)}.")
+    column = reference.obs[key].iloc[rows]
+    if not pd.api.types.is_bool_dtype(column) or column.isna().any():
+        raise ValueError(
+            f"unseen_key={key!r} names a column of {column.dtype} in reference.obs: it has to be true or false of each "
+            'cell, such as reference.obs["unseen"] = reference.obs["split"] == "test".'
+        )
+    if not column.any():
+        raise ValueError(
+            f"reference.obs[{key!r}] is true of no cell with a label, from which thresholds could come: leave "
+            "unseen_key out, and they come from all."
+        )
+    return column.to_numpy(dtype=bool)
 
 
 def _at_most(rows: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

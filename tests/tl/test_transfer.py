@@ -219,6 +219,28 @@ def test_a_single_cell_will_do(reference, query):
     assert (table["label"] == "a").all()
 
 
+def test_thresholds_come_from_the_cells_that_the_model_has_not_seen():
+    """Cells that it has seen lie further apart; of others, those near their label would all be in its set."""
+    rng = np.random.default_rng(2)
+    seen, unseen = cells(rng, [300, 300, 300], CENTRES), cells(rng, [200, 200, 200], CENTRES, prefix="unseen")
+    query = cells(rng, [300, 300, 300], CENTRES, prefix="new")
+    centres = np.array([CENTRES[name] for name in seen.obs["type"]])
+    seen.obsm["z"][:, :2] = centres + 2 * (seen.obsm["z"][:, :2] - centres)
+    reference = anndata.concat([seen, unseen])
+    reference.obs["unseen"] = np.arange(1500) >= 900
+
+    def coverage(**options):
+        table = transfer(reference, query, **options)
+        own = list(query.obs["transferred"].cat.categories)
+        in_set = query.obsm["transferred_set"][np.arange(900), [own.index(name) for name in query.obs["type"]]]
+        assert len(table) == 900
+        return in_set.mean()
+
+    assert coverage() > 0.95
+    assert coverage(unseen_key="unseen") == pytest.approx(0.9, abs=0.04)
+    assert query.uns["transferred"]["params"]["unseen_key"] == "unseen"
+
+
 def test_so_many_cells_of_a_label_are_looked_at_and_folds_are_even(monkeypatch):
     monkeypatch.setattr("scvae.tl.transfer._MOST", 50)
     codes = np.repeat([0, 1], [500, 20])
@@ -252,6 +274,12 @@ def test_labels_are_carried_over_to_a_batch_that_was_mapped():
     ("options", "error", "message"),
     [
         ({"labels_key": "kind"}, KeyError, "reference.obs has no column 'kind'; it has 'type'"),
+        ({"unseen_key": "unseen"}, KeyError, "reference.obs has no column 'unseen'; it has 'type'"),
+        (
+            {"unseen_key": "type"},
+            ValueError,
+            "unseen_key='type' names a column of .* in reference.obs: it has to be true",
+        ),
         ({"coverage": 1.0}, ValueError, "coverage is a number above 0 and below 1, not 1.0"),
         ({"coverage": 0}, ValueError, "coverage is a number above 0 and below 1, not 0"),
         ({"seed": -1}, ValueError, "seed is a whole number from 0"),
@@ -275,6 +303,15 @@ def test_a_reference_without_labels_is_refused(reference, query, unchanged):
     reference.obs["type"] = np.nan
     with unchanged(query), pytest.raises(ValueError, match=r"reference.obs\['type'\] is missing \(NaN\) in all cells"):
         transfer(reference, query)
+
+
+def test_a_reference_without_a_cell_that_was_not_seen_is_refused(reference, query, unchanged):
+    reference.obs["unseen"] = False
+    with (
+        unchanged(query),
+        pytest.raises(ValueError, match=r"reference.obs\['unseen'\] is true of no cell with a label"),
+    ):
+        transfer(reference, query, unseen_key="unseen")
 
 
 def test_false_flags_are_within_chance(reference):
