@@ -87,9 +87,7 @@ def main() -> None:
         centres = adata.uns["niche"]["means"]
         nearest = np.linalg.norm(model.embed(turned)[:, None] - centres, axis=-1).argmin(1)
         same = nearest == adata.obs["niche"].astype(int)
-        print(
-            f"{same.mean():.3f} of the cells have the same niche when each neighbourhood is turned at random"
-        )
+        print(f"{same.mean():.3f} of the cells have the same niche when each neighbourhood is turned at random")
         print(pd.crosstab(adata.obs["niche"], adata.obs["cell_type"]).to_string())
         draw(adata, arguments.picture)
         return
