@@ -9,8 +9,9 @@ neighbours and by the same logistic regression. Accuracy and balanced accuracy a
 together, over cells whose label the reference has.
 
 Besides: how far the reference moves (``z``, ``rho``, ``l``); the coverage of the sets on cells of the reference that
-neither the model nor the labels have seen (``obs["split"] == "test"``), and on random halves of the reference; and what
-share of the query is out of the reference where one of its types was taken out of the reference before the fit.
+neither the model nor the labels have seen (``obs["split"] == "test"``), where thresholds come from all other cells or
+from half of these, and on random halves of the reference; and what share of the query is out of the reference where one
+of its types was taken out of the reference before the fit.
 
 And how well half of the genes, chosen at random, tell the labels of cells that were not trained on.
 
@@ -157,15 +158,22 @@ def moves(model: scvae.Fitted, extended: scvae.Fitted, reference: AnnData) -> di
 
 
 def coverage(adata: AnnData, seed: int) -> dict:
-    """Return how often the label is in the set: of cells that were not trained on, and of random halves."""
+    """Return how often the label is in the set: of cells that were not trained on, and of random halves.
+
+    Of the first also where the thresholds come from one random half of them, and the other is judged.
+    """
     is_test = (adata.obs["split"] == "test").to_numpy()
     train, test = adata[~is_test].copy(), adata[is_test].copy()
     model = fit(train, seed)
-    rows = {"test": [covered(model, train, test)], "halves": []}
+    rows = {"test": [covered(model, train, test)], "test, unseen_key": [], "halves": []}
     rng = np.random.default_rng(seed)
     for _ in range(N_HALVES):
         half = rng.random(train.n_obs) < 0.5
         rows["halves"].append(covered(model, train[half].copy(), train[~half].copy()))
+        half = rng.random(test.n_obs) < 0.5
+        reference = anndata.concat([train, test[half]])
+        reference.obs["unseen"] = np.arange(reference.n_obs) >= train.n_obs
+        rows["test, unseen_key"].append(covered(model, reference, test[~half].copy(), unseen_key="unseen"))
     return {
         name: {
             key: float(np.average([row[key] for row in part], weights=[row["n"] for row in part])) for key in part[0]
@@ -174,8 +182,10 @@ def coverage(adata: AnnData, seed: int) -> dict:
     }
 
 
-def covered(model: scvae.Fitted, reference: AnnData, query: AnnData, nominal: float = 0.9) -> dict[str, float]:
-    table = scvae.tl.transfer_labels(model, reference, query, "label", coverage=nominal)
+def covered(
+    model: scvae.Fitted, reference: AnnData, query: AnnData, nominal: float = 0.9, **how: Any
+) -> dict[str, float]:
+    table = scvae.tl.transfer_labels(model, reference, query, "label", coverage=nominal, **how)
     labels = list(query.obs["transferred"].cat.categories)
     known = query.obs["label"].isin(labels).to_numpy()
     code = [labels.index(label) for label in query.obs["label"][known]]
@@ -258,9 +268,9 @@ def markdown(found: dict) -> str:
         steps, seconds = (np.mean([run[what] for run in runs]) for what in ("steps", "seconds"))
         lines.append(f"| {name} | {moved} | {steps:.0f} | {seconds:.1f} |")
     lines += ["", "| set | cells | n | coverage at 0.9 | labels in a set | flagged |", "| --- " * 6 + "|"]
-    pooled: dict[str, list] = {"test": [], "halves": []}
+    pooled: dict[str, list] = {"test": [], "test, unseen_key": [], "halves": []}
     for name, runs in by_part.get("coverage", {}).items():
-        for which in ("test", "halves"):
+        for which in pooled:
             row = pd.DataFrame([run[which] for run in runs]).mean()
             pooled[which].append(row)
             lines.append(
