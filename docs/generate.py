@@ -64,7 +64,12 @@ Each of the three largest batches in turn is the query, and the others are the r
 
 
 def pages() -> None:
-    """Write all of it into the folder of the documentation."""
+    """Write all of it into the folder of the documentation, and remove pages of files that are no longer there."""
+    kept = {*PLACED.values(), "benchmarks/cpu.md"}
+    for folder in ("tutorials", "benchmarks"):
+        for path in (DOCS / folder).glob("*.*"):
+            if f"{folder}/{path.name}" not in kept:
+                path.unlink()
     for source, target in PLACED.items():
         place(ROOT / source, DOCS / target)
     write(DOCS / "benchmarks/cpu.md", "\n".join(measurements(ROOT / "tests/benchmarks/results/cpu.json")))

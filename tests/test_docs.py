@@ -80,6 +80,18 @@ def test_every_relative_link_of_a_page_leads_to_a_file_and_to_a_page(page):
         assert here.startswith(generate.REPOSITORY) or target.exists() or target in made, here
 
 
+def test_the_page_of_a_file_that_is_no_longer_there_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "DOCS", tmp_path)
+    (tmp_path / "tutorials").mkdir()
+    (tmp_path / "tutorials" / "old.ipynb").write_text("{}")
+    (tmp_path / "mine.md").write_text("mine")
+    generate.pages()
+    assert {path.name for path in (tmp_path / "tutorials").iterdir()} == {
+        "index.md", *(path.name for path in (ROOT / "tutorials").glob("*.ipynb"))
+    }  # fmt: skip
+    assert (tmp_path / "mine.md").exists()
+
+
 def test_links_lead_from_a_copied_page_to_pages_and_into_the_repository():
     source, target = ROOT / "CONTRIBUTING.md", ROOT / "docs" / "contributing.md"
     text = "[a](CHANGELOG.md) [b](.ci/run) [c](https://x.org/y) [d](#here) [e](tests/benchmarks/README.md#there)"
