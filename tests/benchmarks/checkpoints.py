@@ -33,6 +33,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import scvae  # noqa: E402
+from scvae import saved  # noqa: E402
 from scvae.boundary import files, formats  # noqa: E402
 from scvae.boundary.process import alone, unchecked  # noqa: E402
 from scvae.data.reading import read_cells, read_schema  # noqa: E402
@@ -225,7 +226,7 @@ PHASES = {
     "validating": ((svi, "bound_and_slopes"), 0.005),
     "a step": ((Step, "__call__", lambda step, *_: step.taken == 150), 0.02),
     "a checkpoint": ((files, "write_checked", lambda _, stem, *__: stem != "step-000000000"), 0.02),
-    "saving": ((files, "write_model"), 0.005),
+    "saving": ((saved, "write_model"), 0.005),
 }
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 

@@ -28,7 +28,7 @@ from faults import Faults, one_fault, undisturbed
 from scipy import sparse
 
 import scvae
-from scvae.boundary import files, formats
+from scvae.boundary import files, formats, locks
 from scvae.commands.results import write_figure
 from scvae.data import results
 from scvae.data.shuffling import shuffled
@@ -128,7 +128,7 @@ def of_store(root: Path) -> tuple:
 
 def of_checkpoint(root: Path) -> tuple:
     def write(folder, seed):
-        with files.own_folder(folder / "run") as place:
+        with locks.own_folder(folder / "run") as place:
             files.write_checked(place, f"step-{seed}", ".safetensors", bytes([seed]) * 1000)
 
     return write, lambda folder: [files.read_checked(path) for path in sorted((folder / "run").glob("step-*"))]
