@@ -99,8 +99,8 @@ def combinations() -> Iterator[dict[str, Any]]:
                 yield {"program": name, **options, "labels_key": "label"}
 
 
-def programs(numbers: list[int]) -> None:
-    """Fit every program in several processes, and print how they agree with each other and with one process."""
+def programs(numbers: list[int], names: list[str]) -> None:
+    """Fit programs in several processes, and print how they agree with each other and with one process."""
     sys.path[:0] = [str(Path(__file__).parents[1] / "inference")]
     import numpy as np
     import one_of_several as one
@@ -110,9 +110,13 @@ def programs(numbers: list[int]) -> None:
     n_failed = 0
     print("| fit | " + " | ".join(f"{n} processes | from one, at most" for n in numbers) + " |")
     print("| --- |" + " --- | --- |" * len(numbers))
-    for options in combinations():
-        alone = one.stepped(0, **{key: value for key, value in options.items() if key != "labels_key"})
-        row = []
+    for options in (each for each in combinations() if each["program"] in names or not names):
+        of_steps = {key: value for key, value in options.items() if key != "labels_key"}
+        try:
+            alone, row = one.stepped(0, **of_steps), []
+        except ValueError as error:
+            print(f"| {', '.join(map(str, options.values()))} | is refused: {error} |" + " |" * (2 * len(numbers) - 1))
+            continue
         for each in several.values():
             found = each("fitted", **options)
             problem = next((str(fit)[:200] for fit in found if isinstance(fit, Exception)), "")
@@ -123,7 +127,7 @@ def programs(numbers: list[int]) -> None:
                 row.append("")
                 continue
             off = 0.0
-            for steps in each("stepped", **{key: value for key, value in options.items() if key != "labels_key"}):
+            for steps in each("stepped", **of_steps):
                 if isinstance(steps, Exception):
                     off = np.inf
                     continue
@@ -145,9 +149,10 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--programs", type=int, nargs="*", metavar="N", help="how many processes, by default 2 and 3")
+    parser.add_argument("--only", nargs="+", default=[], help="which programs, by default all")
     arguments = parser.parse_args()
     if arguments.programs is not None:
-        programs(arguments.programs or [2, 3])
+        programs(arguments.programs or [2, 3], arguments.only)
         return
     if arguments.measure:
         measured(arguments.measure, arguments.steps)
