@@ -132,6 +132,8 @@ def programs(numbers: list[int], names: list[str]) -> None:
                     off = np.inf
                     continue
                 for name, value in steps.items():  # the sums of the bound, in nats, relative to their size
+                    if not value.size:
+                        continue
                     scale = np.abs(alone[name]).max() if name == "sums" else 1
                     off = max(off, float(np.abs(value - alone[name]).max() / scale))
             row.append(f"{off:.1e}")

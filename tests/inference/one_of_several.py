@@ -124,11 +124,17 @@ class Log(logging.Handler):
 
 
 def broken(rank, row):
-    """The error of a fit that fails in one cell, and how long it took from then on."""
+    """The error of a fit that fails in one cell, its step and the last one, and how long that took until the end."""
     adata = data()
     adata.X = adata.X.toarray()
     adata.X[row, 0] += 1000
-    start = time.monotonic()
+    advance, started = Run.advance, []
+
+    def timed(run, pace):
+        started.append(time.monotonic())
+        advance(run, pace)
+
+    Run.advance = timed
     try:
         scvae.fit(
             adata,
@@ -140,7 +146,10 @@ def broken(rank, row):
             library_size=float(adata.X[row].sum()),
         )
     except NonFiniteLoss as error:
-        return {"message": str(error), "rows": error.rows, "seconds": time.monotonic() - start}
+        seconds = time.monotonic() - started[-1]
+        return {"message": str(error), "rows": error.rows, "steps": [error.step, len(started)], "seconds": seconds}
+    finally:
+        Run.advance = advance
 
 
 class Still(TorchDispatchMode):
