@@ -144,6 +144,12 @@ def test_extend_and_transfer_write_what_the_functions_write(run, tmp_path):
     written = anndata.read_h5ad("labelled.h5ad")
     assert (written.obs["mine"] == table["label"]).all()
     np.testing.assert_array_equal(written.obs["mine_score"], table["score"])
+    reference[:, 1:].write_h5ad("few_genes.h5ad")
+    code, _, err = run(
+        "transfer", "query.h5ad", "--reference", "few_genes.h5ad", "--labels-key", "cell_type", "--model", "extended",
+        "--output", "no.h5ad",
+    )  # fmt: skip
+    assert (code, "few_genes.h5ad: The reference lacks 1 gene" in err, Path("no.h5ad").exists()) == (1, True, False)
     code, _, err = run("extend", "query.h5ad", "--model", "model")
     assert (code, "nothing would be kept: name --output, --extended or both" in err) == (2, True)
     code, _, err = run("extend", "reference.h5ad", "--model", "model", "--output", "no.h5ad")

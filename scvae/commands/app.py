@@ -82,9 +82,11 @@ def _in_the_words_of(ctx: Any) -> Iterator[None]:
         if type(error) not in (KeyError, ValueError) or not error.args:
             raise
         told = _with_options(str(error.args[0]), {option.name: option for option in ctx.command.params})
-        cells = {"input", "query"} & ctx.params.keys() if "reference" not in ctx.params else set()
-        for path in [ctx.params[name] for name in cells]:
-            if path is not None and str(path) not in told and re.search(r"\badata\.|\bAnnData\b", told):
+        of_cells = {name: r"\badata\.|\bAnnData\b" for name in ("input", "query")}
+        if "query" in ctx.params and "reference" in ctx.params:
+            of_cells = {name: rf"\b{name}\.|\b[Tt]he {name} (has|lacks)\b" for name in ("query", "reference")}
+        for path, called in [(ctx.params.get(name), called) for name, called in of_cells.items()]:
+            if path is not None and str(path) not in told and re.search(called, told):
                 told = f"{path}: {told}"
         if told == error.args[0]:
             raise

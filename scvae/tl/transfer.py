@@ -28,7 +28,9 @@ predictors); Vovk 2015, Cross-conformal predictors, Ann. Math. Artif. Intell. 74
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -87,7 +89,7 @@ def transfer_labels(
     seed
         Of the choice of cells, where a label has more than 5,000, and of the folds.
     batch_size, unknown_batch, missing_genes
-        As in :class:`scvae.Fitted`, for the query.
+        As in :class:`scvae.Fitted`, for both.
 
     Returns
     -------
@@ -120,16 +122,21 @@ def transfer_labels(
     >>> list(table), list(query.obs["transferred"].cat.categories)
     (['label', 'probability', 'score', 'out_of_reference', 'n_labels'], ['type_0', 'type_1'])
     """
-    check_anndata(reference)
-    check_anndata(query, to_write=True)
+    with _called("reference"):
+        check_anndata(reference)
+    with _called("query"):
+        check_anndata(query, to_write=True)
     coverage = real("coverage", coverage, Range(0, 1, open_least=True, open_most=True))
     seed, batch_size = seed_of(seed), whole("batch_size", batch_size)
     _check_free(query, check_key("key_added", key_added), model)
     rows, codes, labels = _labelled(reference, labels_key)
     rows, codes = _at_most(rows, codes, np.random.default_rng(seed))
     unseen = _unseen(reference, unseen_key, rows)
-    z, std = model.embed(reference[rows], give_std=True, batch_size=batch_size)
-    z_query: Any = model.embed(query, batch_size=batch_size, unknown_batch=unknown_batch, missing_genes=missing_genes)
+    how: dict[str, Any] = {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
+    with _called("reference"):
+        z, std = model.embed(reference[rows], give_std=True, batch_size=batch_size, **how)
+    with _called("query"):
+        z_query: Any = model.embed(query, batch_size=batch_size, **how)
 
     probability = _probabilities(z, codes, z_query, len(labels))
     own = np.empty(len(z))  # distance of each cell of the reference to its label, computed from other cells
@@ -154,8 +161,7 @@ def transfer_labels(
         },
         index=query.obs_names,
     )
-    params: dict[str, Any] = {"labels_key": labels_key, "coverage": coverage, "seed": seed}
-    params |= {"unknown_batch": unknown_batch, "missing_genes": missing_genes}
+    params: dict[str, Any] = {"labels_key": labels_key, "coverage": coverage, "seed": seed, **how}
     params |= {} if unseen_key is None else {"unseen_key": unseen_key}  # a file holds no None
     with views_become_copies():
         query.obs[key_added] = table["label"]
@@ -170,6 +176,21 @@ def transfer_labels(
             "thresholds": thresholds,
         }
     return table
+
+
+@contextmanager
+def _called(name: str) -> Iterator[None]:
+    """Let messages about cells call them as their argument is called, since there are two."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        if type(error) not in (KeyError, TypeError, ValueError) or not error.args:
+            raise
+        told = re.sub(r"\badata\b", name, str(error.args[0]))
+        told = re.sub(r"\b([Tt])he AnnData\b", rf"\1he {name}", told)
+        if told == error.args[0]:
+            raise
+        raise type(error)(told) from error
 
 
 def _labelled(reference: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, list[str]]:

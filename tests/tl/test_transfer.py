@@ -299,6 +299,24 @@ def test_what_a_user_has_under_a_name_is_not_overwritten(reference, query, uncha
         transfer(reference, query)
 
 
+@pytest.mark.parametrize("which", ["reference", "query"])
+def test_a_message_about_cells_says_which_of_the_two_they_are(fit, which):
+    adata = scvae.datasets.simulated_batches(n_cells=40, n_genes=10, n_types=2, seed=0)
+    model = fit(adata.copy())
+    pair = {"reference": adata.copy(), "query": adata.copy()}
+
+    def said(error, message):
+        with pytest.raises(error, match=message):
+            scvae.tl.transfer_labels(model, pair["reference"], pair["query"], "cell_type")
+
+    pair[which].X = adata.X * 0.5
+    said(ValueError, rf"^{which}\.X holds values that are not whole")
+    pair[which] = adata[:, 1:].copy()
+    said(ValueError, rf"^The {which} lacks 1 gene")
+    pair[which] = "cells.h5ad"
+    said(TypeError, rf"^{which} is an AnnData, not a str")
+
+
 def test_a_reference_without_labels_is_refused(reference, query, unchanged):
     reference.obs["type"] = np.nan
     with unchanged(query), pytest.raises(ValueError, match=r"reference.obs\['type'\] is missing \(NaN\) in all cells"):
