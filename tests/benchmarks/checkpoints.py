@@ -33,10 +33,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import scvae  # noqa: E402
-from scvae import saved  # noqa: E402
 from scvae.boundary import files, formats  # noqa: E402
 from scvae.boundary.process import alone, unchecked  # noqa: E402
 from scvae.data.reading import read_cells, read_schema  # noqa: E402
+from scvae.fits import saved  # noqa: E402
 from scvae.inference import svi  # noqa: E402
 from scvae.inference.checkpoints import Checkpoints  # noqa: E402
 from scvae.inference.pace import Fixed  # noqa: E402

@@ -64,7 +64,8 @@ def remove(path: Path) -> None:
 def fit(path: Path, memory: str) -> dict:
     """Fit a model and write its results; seconds and highest memory of each phase."""
     import scvae
-    from scvae import fitting, sources
+    from scvae import fitting
+    from scvae.fits import sources
 
     warnings.simplefilter("ignore")
     small = path.with_suffix(".small.h5ad")

@@ -55,8 +55,8 @@ def prepared(name: str, folder: Path) -> anndata.AnnData:
 
 def fitted(adata: anndata.AnnData, name: str, label: str, arguments: argparse.Namespace, folder: Path) -> list[dict]:
     import scvae
-    from scvae import sources
     from scvae.data import stored
+    from scvae.fits import sources
 
     train, test = (adata[(adata.obs["split"] == part).to_numpy()].copy() for part in ("train", "test"))
     whole, cells = folder / f"{name}.h5ad", folder / f"{name}-train.h5ad"
