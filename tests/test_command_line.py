@@ -241,7 +241,7 @@ def test_embed_refuses_a_missing_folder(run):
         (["fit", DATA, "--model", "m", "--layer", "raw"], "raw"),
         (["fit", DATA, "--model", "m", "--mask-var", "chosen"], "chosen"),
         (["fit", DATA, "--model", "m", "--device", "tpu"], "tpu"),
-        (["fit", DATA, "--model", "m", "--library", "size_factor"], "size_factor_key"),
+        (["fit", DATA, "--model", "m", "--library", "size_factor"], "--library size_factor needs --size-factor-key …"),
         (["embed", DATA, "--model", "absent", "--output", "out.h5ad"], "absent"),
     ],
 )
