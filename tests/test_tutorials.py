@@ -52,6 +52,7 @@ def test_it_runs(name, tmp_path, monkeypatch):
 def test_it_is_saved_with_its_outputs_and_without_paths(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    assert notebook.cells[0].source.startswith("# ")  # a title, by which the documentation lists it
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
