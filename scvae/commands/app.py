@@ -7,14 +7,14 @@ import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 import scvae
+from scvae.boundary.messages import retold
 from scvae.commands import choosing, clusters, demo, differences, judging, mapping, models
 from scvae.commands.endings import Ended
 from scvae.inference import progress
@@ -73,24 +73,20 @@ class _Command(TyperCommand):
             return super().invoke(ctx)
 
 
-@contextmanager
-def _in_the_words_of(ctx: Any) -> Iterator[None]:
+def _in_the_words_of(ctx: Any) -> AbstractContextManager[None]:
     """Say of cells that a message calls ``adata`` which file they are of, and of arguments which options they are."""
-    try:
-        yield
-    except (KeyError, ValueError) as error:
-        if type(error) not in (KeyError, ValueError) or not error.args:
-            raise
-        told = _with_options(str(error.args[0]), {option.name: option for option in ctx.command.params})
-        of_cells = {name: r"\badata\.|\bAnnData\b" for name in ("input", "query")}
-        if "query" in ctx.params and "reference" in ctx.params:
-            of_cells = {name: rf"\b{name}\.|\b[Tt]he {name} (has|lacks)\b" for name in ("query", "reference")}
+    of_cells = {name: r"\badata\.|\bAnnData\b" for name in ("input", "query")}
+    if "query" in ctx.params and "reference" in ctx.params:
+        of_cells = {name: rf"\b{name}\.|\b[Tt]he {name} (has|lacks)\b" for name in ("query", "reference")}
+
+    def tell(told: str) -> str:
+        told = _with_options(told, {option.name: option for option in ctx.command.params})
         for path, called in [(ctx.params.get(name), called) for name, called in of_cells.items()]:
             if path is not None and str(path) not in told and re.search(called, told):
                 told = f"{path}: {told}"
-        if told == error.args[0]:
-            raise
-        raise type(error)(told) from error
+        return told
+
+    return retold(tell)
 
 
 def _with_options(told: str, options: dict[str, Any]) -> str:

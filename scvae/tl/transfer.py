@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ from anndata import AnnData
 
 from scvae.boundary.containers import check_anndata, views_become_copies
 from scvae.boundary.keys import check_key
+from scvae.boundary.messages import retold
 from scvae.boundary.options import Range, real, seed_of, whole
 from scvae.data.categories import named
 from scvae.data.reading import some, where_of
@@ -178,19 +179,13 @@ def transfer_labels(
     return table
 
 
-@contextmanager
-def _called(name: str) -> Iterator[None]:
+def _called(name: str) -> AbstractContextManager[None]:
     """Let messages about cells call them as their argument is called, since there are two."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        if type(error) not in (KeyError, TypeError, ValueError) or not error.args:
-            raise
-        told = re.sub(r"\badata\b", name, str(error.args[0]))
-        told = re.sub(r"\b([Tt])he AnnData\b", rf"\1he {name}", told)
-        if told == error.args[0]:
-            raise
-        raise type(error)(told) from error
+
+    def tell(told: str) -> str:
+        return re.sub(r"\b([Tt])he AnnData\b", rf"\1he {name}", re.sub(r"\badata\b", name, told))
+
+    return retold(tell)
 
 
 def _labelled(reference: AnnData, key: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
