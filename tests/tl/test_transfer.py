@@ -167,14 +167,24 @@ def test_the_distance_is_that_of_mahalanobis_with_the_mean_variance_of_the_poste
 
 def test_a_threshold_is_the_quantile_that_holds_for_one_more():
     scores = np.arange(1.0, 20.0)  # 19 of them: the 18th of 20 places
-    assert _conformal(scores, 0.9) == 18
+    assert _conformal(scores, 0.9) == pytest.approx(18)
     assert _conformal(scores[:8], 0.9) == np.inf  # 9 is not enough for 0.9, whatever they are
-    assert _conformal(scores[:9], 0.9) == 9
+    assert _conformal(scores[:9], 0.9) == pytest.approx(9)
+    assert _conformal(scores[:14], 0.9) == pytest.approx(13.5)  # between two
     own = np.concatenate([np.arange(1.0, 100.0), [500.0, np.inf]])
     codes = np.repeat([0, 1], [99, 2])
     thresholds = _thresholds(own, codes, 2, 0.9)
-    assert thresholds[0] == 90
+    assert thresholds[0] == pytest.approx(90)
     assert thresholds[1] == _conformal(own[:100], 0.9)
+
+
+@pytest.mark.parametrize("n_cells", [9, 10, 13, 18, 19, 40])
+def test_the_coverage_is_that_which_was_asked_for_with_few_cells_too(n_cells):
+    rng = np.random.default_rng(n_cells)
+    scores, one_more = (np.sqrt(rng.chisquare(10, (20000, n))) for n in (n_cells, 1))
+    thresholds = np.quantile(scores, 0.9, axis=1, method="weibull")
+    np.testing.assert_allclose(thresholds[:5], [_conformal(row, 0.9) for row in scores[:5]])
+    assert (one_more[:, 0] <= thresholds).mean() == pytest.approx(0.9, abs=0.013)  # 0.91 to 0.95 rounded up
 
 
 # ---- Few cells, missing labels, categories without cells ---------------------------------------------------
