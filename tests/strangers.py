@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import scvae
+from scvae.boundary.models import _FORMAT
 from scvae.data.store import open_store
 from scvae.inference.svi import NonFiniteLoss
 
@@ -40,7 +41,7 @@ def sign(folder, content, weights):
     canonical = json.dumps(content, sort_keys=True).encode()
     name = f"weights-{digest[:16]}.safetensors"
     sha256 = {"weights": digest, "content": hashlib.sha256(canonical).hexdigest()}
-    head = {"format": 2, "weights": name, "sha256": sha256, "content": content}
+    head = {"format": _FORMAT, "weights": name, "sha256": sha256, "content": content}
     write(folder, json.dumps(head).encode(), weights)
 
 

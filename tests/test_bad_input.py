@@ -536,8 +536,8 @@ def test_json_of_another_kind_is_refused(saved, text):
 
 
 def test_a_later_format_is_refused_whatever_else_is_in_the_file(saved):
-    (saved / "model.json").write_text(json.dumps({"format": 3, "contents": {}}))
-    with pytest.raises(ValueError, match="is in format 3; this version of scvae reads format 2: read it with"):
+    (saved / "model.json").write_text(json.dumps({"format": 4, "contents": {}}))
+    with pytest.raises(ValueError, match="is in format 4; this version of scvae reads format 3: read it with"):
         scvae.load(saved)
 
 

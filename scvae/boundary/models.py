@@ -31,7 +31,7 @@ from scvae.boundary.locks import locked
 
 __all__ = ["check_model", "read_model", "write_model"]
 
-_FORMAT = 2
+_FORMAT = 3
 _DESCRIPTION = "model.json"
 _MOST_DESCRIPTION = 1 << 28  # bytes
 _WEIGHTS = re.compile(r"weights-[0-9a-f]{16}\.safetensors")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoints", "checkpoints_in"]
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = re.compile(r"step-(\d+)-[0-9a-f]{16}\.safetensors")
 _BETWEEN_MEETINGS = 0.25  # seconds, of several processes
 _MAX_PAUSE = 64  # steps between two

@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from scvae.boundary.options import one_of, whole
-from scvae.data.cells import Cells
+from scvae.data.cells import Batch, Cells
 from scvae.modules.em import GaussianMixture, KMeansAutoencoder, em, kmeans_plus_plus
 
 __all__ = ["PRIORS", "LabelledMixturePrior", "MixturePrior", "StandardNormal", "VampPrior", "prior_of"]
@@ -41,7 +41,7 @@ class StandardNormal(nn.Module):
     def forward(self, encode: Encode) -> TorchDistribution:  # noqa: D102
         return Normal(self.zero, self.one).to_event(1)  # numbers would be copied to a GPU each time
 
-    def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
+    def start(self, cells: Cells, inputs_of: Callable[[Batch], Tensor]) -> None:
         """Read nothing off the data."""
 
     def per_cell(self, z: Tensor, std: Tensor | None = None) -> dict[str, Tensor]:
@@ -85,7 +85,7 @@ class MixturePrior(nn.Module):
     def forward(self, encode: Encode) -> MixtureSameFamily:  # noqa: D102
         return MixtureSameFamily(Categorical(logits=self.logits), Normal(self.loc, self.log_scale.exp()).to_event(1))
 
-    def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
+    def start(self, cells: Cells, inputs_of: Callable[[Batch], Tensor]) -> None:
         """Read nothing off the data."""
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class LabelledMixturePrior(MixturePrior):
         nodes = torch.randn(_N_NODES // 2, n_latent, generator=torch.Generator().manual_seed(0))
         self.register_buffer("nodes", torch.cat([nodes, -nodes]), persistent=False)
 
-    def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
+    def start(self, cells: Cells, inputs_of: Callable[[Batch], Tensor]) -> None:
         """Read the shares of the labels off the cells."""
         if cells.y is not None:
             n_labelled = cells.summary.n_labelled
@@ -291,12 +291,12 @@ class VampPrior(nn.Module):
         return MixtureSameFamily(Categorical(logits=self.logits), encode(self.inputs, self.covariates))
 
     @torch.no_grad()
-    def start(self, cells: Cells, transform: Callable[[Tensor], Tensor]) -> None:
-        """Start as cells drawn at random; `transform` makes of their values what the encoder takes."""
+    def start(self, cells: Cells, inputs_of: Callable[[Batch], Tensor]) -> None:
+        """Start as cells drawn at random; `inputs_of` them are what the encoder takes."""
         n, (_, everyone) = len(self.logits), cells.split(0, 0)
         some, rows = cells.sample(everyone, n, int(torch.randint(2**31, ())))
         batch = some.batch(rows.repeat(-(-n // len(rows)))[:n])
-        self.inputs.copy_(transform(batch.values))
+        self.inputs.copy_(inputs_of(batch))
         self.covariates.copy_(batch.covariates)
 
     def per_cell(self, z: Tensor, std: Tensor | None = None) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ class Gaussian(Program):
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean of each batch."""
         self.decoder.start(cells)
-        self.p_z.start(cells, self.decoder.standardised)
+        self.p_z.start(cells, lambda batch: self.decoder.standardised(batch.values))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts, unless the decoder is linear."""

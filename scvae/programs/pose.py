@@ -177,7 +177,7 @@ class Pose(Program):
     def initialise(self, cells: Cells) -> None:
         """Start the decoder at the mean image."""
         self.decoder.start(self.pixels.start(cells))
-        self.p_z.start(cells, lambda values: self.pixels.inputs(values).flatten(1))
+        self.p_z.start(cells, lambda batch: self.pixels.inputs(batch.values).flatten(1))
 
     def decayed(self) -> list[Tensor]:
         """Return the weights by which ``z`` acts on a map."""

@@ -36,7 +36,7 @@ appendix A.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -47,6 +47,7 @@ from torch import Tensor
 from scvae.data.cells import Batch, Cells, Schema
 from scvae.modules.codebook import Codebook
 from scvae.modules.decoders import CountDecoder, RealDecoder, moments_of_log_library
+from scvae.modules.inputs import log_normalised
 from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CodebookOptions, CountOptions, NoiseOptions
 from scvae.programs.program import Program
@@ -158,7 +159,7 @@ class VQ(Program):
 
     def inputs(self, batch: Batch) -> Any:
         """Return what the encoder takes, ``[n, G]``."""
-        return replace(batch.shown, values=batch.shown.values.log1p())
+        return log_normalised(batch, self.m[-1])
 
     def p_x(self, z: Tensor, batch: Batch) -> Any:
         """Return the distribution of the counts, ``[n, G]``; the total of cells that are drawn is drawn too."""

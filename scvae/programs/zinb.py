@@ -14,7 +14,8 @@ normals.
 
 Guide: :math:`q(z, l \mid x, s) = \mathcal N(z; \mu(x, s), \sigma(x, s)^2)\, \mathrm{LogNormal}(l; \log \textstyle\sum_g
 x_g + \delta(x, s), \tau(x, s)^2)`. The network answers for the *difference* :math:`\delta` of the library latent from
-the observed total, and :math:`\delta = 0` at the start. ``posterior=`` puts another family in the place of the first
+the observed total, and :math:`\delta = 0` at the start. It is shown the fractions of the counts, not their depth
+(:mod:`scvae.modules.inputs`). ``posterior=`` puts another family in the place of the first
 factor.
 
 References
@@ -26,7 +27,7 @@ Lopez, Regier, Cole, Jordan and Yosef 2018, Deep generative modeling for single-
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
@@ -37,7 +38,9 @@ from torch.nn.functional import softplus
 
 from scvae.boundary.options import Whole
 from scvae.data.cells import Batch, Cells, Schema
+from scvae.distributions import SparseCounts
 from scvae.modules.decoders import CountDecoder, moments_of_log_library
+from scvae.modules.inputs import log_normalised
 from scvae.modules.nets import Layers, Linear
 from scvae.programs.options import CountOptions, LatentOptions
 from scvae.programs.program import Program
@@ -113,7 +116,7 @@ class ZINB(Program):
         if cells.size_factor is not None:
             self.unit.copy_(cells.summary.library_sum / cells.summary.size_factor_sum)
         self.decoder.start(cells)
-        self.p_z.start(cells, torch.log1p)
+        self.p_z.start(cells, lambda batch: self.inputs(batch).dense())
         with torch.no_grad():
             nn.init.zeros_(self.of_l.weight)
             self.of_l.bias.copy_(torch.tensor([0.0, _L_SCALE_START]))
@@ -154,7 +157,11 @@ class ZINB(Program):
 
     def encode(self, batch: Batch) -> Tensor:
         """Return the encoder's last hidden layer, ``[n, n_hidden]``."""
-        return self.encoder(replace(batch.shown, values=batch.shown.values.log1p()), batch.covariates)
+        return self.encoder(self.inputs(batch), batch.covariates)
+
+    def inputs(self, batch: Batch) -> SparseCounts:
+        """Return what the encoder takes, ``[n, G]``."""
+        return log_normalised(batch, self.m[-1])
 
     def q_of(self, inputs: Tensor, covariates: Tensor) -> TorchDistribution:
         """Return ``q(z | u)`` of inputs that are no cells, for a VampPrior."""

@@ -10,14 +10,14 @@ These probabilities tell labels apart, not what has none of them. So each cell i
 
 with mean :math:`m_y` and covariance :math:`S_y` of their latent means, which is drawn to that within all labels where
 they are few, and the mean :math:`V_y` of their posterior variances, without which dimensions that say nothing would
-count the most. A label is in the set of a cell where :math:`d_y(z) \le \tau_y`, the :math:`(n_y + 1) \gamma`-th smallest
-such number of the :math:`n_y` cells of the label in the reference, each computed from other cells. So cells as in the
-reference have their own label in their set with a probability of :math:`\gamma`, whatever the label; labels of too few
-cells take the threshold of all cells together. A cell with an empty set is out of the reference.
+count the most. A label is in the set of a cell where :math:`d_y(z) \le \tau_y`, the :math:`(n_y + 1) \gamma`-th
+smallest such number of the :math:`n_y` cells of the label in the reference, each computed from other cells. So cells as
+in the reference have their own label in their set with a probability of :math:`\gamma`, whatever the label; labels of
+too few cells take the threshold of all cells together. A cell with an empty set is out of the reference.
 
 Where that place lies between two cells, so does the threshold, in proportion: rounded up, ten to twenty cells of a
-label would give a probability of 0.91 to 0.95 in the place of 0.9. It is at least :math:`\gamma` wherever the density of
-the distances falls from the one cell to the other.
+label would give a probability of 0.91 to 0.95 in the place of 0.9. It is at least :math:`\gamma` wherever the density
+of the distances falls from the one cell to the other.
 
 Cells to which the model was not fitted often lie nearer to the mean of their label than those to which it was, and have
 it in their set more often than that. Where some cells of the reference were kept from the model, the thresholds can
