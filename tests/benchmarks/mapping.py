@@ -13,7 +13,8 @@ neither the model nor the labels have seen (``obs["split"] == "test"``), where t
 from half of these, and on random halves of the reference; and what share of the query is out of the reference where one
 of its types was taken out of the reference before the fit.
 
-And how well half of the genes, chosen at random, tell the labels of cells that were not trained on.
+And how well half of the genes, chosen at random, tell the labels of cells that were not trained on; and how well the
+labels of a query are told that was counted to a tenth or a third of its depth (binomial thinning).
 
 Nothing is chosen here: steps, classifier and distance were chosen on the query's training cells. Written to
 ``tests/benchmarks/results``: ``mapping.json`` and ``mapping.md``.
@@ -44,6 +45,8 @@ RESULTS = Path(__file__).parent / "results"
 LABELS = {"pbmc_3tech": "cell_type", "cell_lines": "cell_line", "worm_embryo": "cell_type"}
 N_LEFT_OUT = 3  # types, the most frequent in the query, each of which is taken out of the reference in turn
 N_HALVES = 10
+N_PANELS = 5
+DEPTHS = (1.0, 0.3, 0.1)
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sets", nargs="+", default=list(LABELS), choices=list(LABELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--parts", nargs="+", default=["mapped", "coverage", "missing", "panel"])
+    parser.add_argument("--parts", nargs="+", default=["mapped", "coverage", "missing", "panel", "depth"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -62,8 +65,8 @@ def main() -> None:
         adata = prepared(arguments.folder / f"{name}.h5ad", LABELS[name])
         for seed in arguments.seeds:
             for part in arguments.parts:
-                measure = {"mapped": mapped, "coverage": coverage, "missing": missing, "panel": panel}[part]
-                found[f"{part} {name} {seed}"] = measure(adata, seed)
+                measures = {f.__name__: f for f in (mapped, coverage, missing, panel, depth)}
+                found[f"{part} {name} {seed}"] = measures[part](adata, seed)
                 print(part, name, seed, json.dumps(found[f"{part} {name} {seed}"]), flush=True)
                 path.write_text(json.dumps(found, indent=1))
     (RESULTS / "mapping.md").write_text(markdown(found))
@@ -219,20 +222,48 @@ def missing(adata: AnnData, seed: int) -> dict:
 
 
 def panel(adata: AnnData, seed: int) -> dict:
-    """Return how well labels of the test cells are told by half of the genes, chosen at random."""
+    """Return how well labels of the test cells are told by half of the genes, chosen at random five times."""
     is_test = (adata.obs["split"] == "test").to_numpy()
     train, test = adata[~is_test].copy(), adata[is_test].copy()
     model = fit(train, seed)
-    fewer = test[:, np.random.default_rng(seed).random(test.n_vars) < 0.5].copy()
     whole = model.embed(test)
-    result = {}
-    for way, (cells, how) in {"all": (test, "error"), "zero": (fewer, "zero"), "impute": (fewer, "impute")}.items():
-        table = scvae.tl.transfer_labels(model, train, cells, "label", missing_genes=how)
-        distance = np.linalg.norm(model.embed(cells, missing_genes=how) - whole, axis=1).mean()
-        accuracy = (table["label"].astype(str) == test.obs["label"]).mean()
-        flagged = table["out_of_reference"].mean()
-        result[way] = {"accuracy": float(accuracy), "flagged": float(flagged), "distance": float(distance)}
+    result: dict[str, dict[str, float]] = {}
+    for way in ("all", "zero", "impute"):
+        rows = []
+        for draw in range(1 if way == "all" else N_PANELS):
+            cells = test
+            if way != "all":
+                cells = test[:, np.random.default_rng([seed, draw]).random(test.n_vars) < 0.5].copy()
+            how = "error" if way == "all" else way
+            table = scvae.tl.transfer_labels(model, train, cells, "label", missing_genes=how)
+            distance = np.linalg.norm(model.embed(cells, missing_genes=how) - whole, axis=1).mean()
+            is_right = table["label"].astype(str) == test.obs["label"]
+            rows.append((is_right.mean(), table["out_of_reference"].mean(), distance))
+        result[way] = dict(zip(("accuracy", "flagged", "distance"), np.mean(rows, 0).tolist(), strict=True))
     return result
+
+
+def depth(adata: AnnData, seed: int) -> dict:
+    """Return the balanced accuracy of the labels of all queries, each counted to a part of its depth."""
+    truth: list = []
+    given: dict[tuple[float, str], list] = {}
+    for batch in queries(adata):
+        is_query = (adata.obs["batch"] == batch).to_numpy()
+        reference, query = adata[~is_query].copy(), adata[is_query].copy()
+        query = query[query.obs["label"].isin(reference.obs["label"]).to_numpy()].copy()
+        model = fit(reference, seed)
+        truth.append(query.obs["label"].to_numpy())
+        for part in DEPTHS:
+            thinned = query.copy()
+            thinned.X.data[:] = np.random.default_rng(seed).binomial(query.X.data.astype(int), part)
+            extended = model.extend(thinned, seed=seed, progress=False)
+            for way, (which, unknown) in {"extended": (extended, "error"), "marginal": (model, "marginal")}.items():
+                table = scvae.tl.transfer_labels(which, reference, thinned, "label", unknown_batch=unknown)
+                given.setdefault((part, way), []).append(table["label"].astype(str).to_numpy())
+    label = np.concatenate(truth)
+    return {
+        f"{way} {part}": float(balanced_accuracy_score(label, np.concatenate(a))) for (part, way), a in given.items()
+    }
 
 
 def markdown(found: dict) -> str:
@@ -302,6 +333,11 @@ def markdown(found: dict) -> str:
         for way, genes in {"all": "all", "zero": "half, `zero`", "impute": "half, `impute`"}.items():
             cells = " | ".join(mean([run[way][what] for run in runs]) for what in ("accuracy", "flagged", "distance"))
             lines.append(f"| {name} | {genes} | {cells} |")
+    lines += ["", "| set | method | " + " | ".join(f"depth × {part:g}" for part in DEPTHS) + " |", "| --- " * 5 + "|"]
+    for name, runs in by_part.get("depth", {}).items():
+        for way in ("extended", "marginal"):
+            cells = " | ".join(mean([run[f"{way} {part}"] for run in runs]) for part in DEPTHS)
+            lines.append(f"| {name} | {way} | {cells} |")
     return "\n".join(lines) + "\n"
 
 
