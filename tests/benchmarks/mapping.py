@@ -245,24 +245,25 @@ def panel(adata: AnnData, seed: int) -> dict:
 
 def depth(adata: AnnData, seed: int) -> dict:
     """Return the balanced accuracy of the labels of all queries, each counted to a part of its depth."""
-    truth: list = []
+    truth: dict[float, list] = {}
     given: dict[tuple[float, str], list] = {}
     for batch in queries(adata):
         is_query = (adata.obs["batch"] == batch).to_numpy()
         reference, query = adata[~is_query].copy(), adata[is_query].copy()
         query = query[query.obs["label"].isin(reference.obs["label"]).to_numpy()].copy()
         model = fit(reference, seed)
-        truth.append(query.obs["label"].to_numpy())
         for part in DEPTHS:
             thinned = query.copy()
             thinned.X.data[:] = np.random.default_rng(seed).binomial(query.X.data.astype(int), part)
+            thinned = thinned[scvae.pp.has_counts(thinned)].copy()
+            truth.setdefault(part, []).append(thinned.obs["label"].to_numpy())
             extended = model.extend(thinned, seed=seed, progress=False)
             for way, (which, unknown) in {"extended": (extended, "error"), "marginal": (model, "marginal")}.items():
                 table = scvae.tl.transfer_labels(which, reference, thinned, "label", unknown_batch=unknown)
                 given.setdefault((part, way), []).append(table["label"].astype(str).to_numpy())
-    label = np.concatenate(truth)
     return {
-        f"{way} {part}": float(balanced_accuracy_score(label, np.concatenate(a))) for (part, way), a in given.items()
+        f"{way} {part}": float(balanced_accuracy_score(np.concatenate(truth[part]), np.concatenate(answers)))
+        for (part, way), answers in given.items()
     }
 
 
