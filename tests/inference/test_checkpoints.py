@@ -123,7 +123,7 @@ def test_every_program_goes_on_to_the_same_numbers(made, kind, is_recorded):
 
 
 def test_across_the_fall_of_the_learning_rate(made):
-    run = taken_up_everywhere(made, "mixture", True, range(21, 28, 2), 100, learning_rate=0.3)
+    run = taken_up_everywhere(made, "mixture", True, range(21, 28, 2), 100, learning_rate=0.2)
     assert run.stopped == "converged"
     assert 22 <= run.fall < 30
 

@@ -402,9 +402,9 @@ def blood_cells():
 @pytest.mark.parametrize(
     ("x", "d", "options"),
     [
-        # A posterior a tenth as wide as the noise, and correlated, takes a family that can be, and longer steps.
+        # A posterior a tenth as wide as the noise, and correlated, takes a family that can be.
         (simulated, 3, {"posterior": "full", "learning_rate": 0.03}),
-        (simulated, 3, {"posterior": "iaf", "learning_rate": 0.03}),
+        (simulated, 3, {"posterior": "iaf"}),  # with longer steps some seeds end elsewhere, on some processors
         (lambda: blood_cells()[0], 5, {}),
         (lambda: blood_cells()[1], 5, {}),
     ],
