@@ -292,7 +292,7 @@ class VampPrior(nn.Module):
 
     @torch.no_grad()
     def start(self, cells: Cells, inputs_of: Callable[[Batch], Tensor]) -> None:
-        """Start as cells drawn at random; `inputs_of` them are what the encoder takes."""
+        """Start as cells drawn at random, of which `inputs_of` makes what the encoder takes, ``[n, n_in]``."""
         n, (_, everyone) = len(self.logits), cells.split(0, 0)
         some, rows = cells.sample(everyone, n, int(torch.randint(2**31, ())))
         batch = some.batch(rows.repeat(-(-n // len(rows)))[:n])

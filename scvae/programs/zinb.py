@@ -15,8 +15,7 @@ normals.
 Guide: :math:`q(z, l \mid x, s) = \mathcal N(z; \mu(x, s), \sigma(x, s)^2)\, \mathrm{LogNormal}(l; \log \textstyle\sum_g
 x_g + \delta(x, s), \tau(x, s)^2)`. The network answers for the *difference* :math:`\delta` of the library latent from
 the observed total, and :math:`\delta = 0` at the start. It is shown the fractions of the counts, not their depth
-(:mod:`scvae.modules.inputs`). ``posterior=`` puts another family in the place of the first
-factor.
+(:mod:`scvae.modules.inputs`). ``posterior=`` puts another family in the place of the first factor.
 
 References
 ----------
