@@ -1,8 +1,9 @@
-"""Signals that end a training which can be gone on with: put off to where nothing is half-done.
+"""Signals that end a training: put off to where nothing is half-done.
 
 A batch system ends a job by a signal, some seconds before it ends it by force. What is computed meanwhile is kept only
 if the program looks: here a signal that comes between two steps, or anywhere but in the training, ends the process in
-order at once; one that comes within a step is acted on after it.
+order at once; one that comes within a step is acted on after it. So is the Ctrl-C of any training: raised anywhere, it
+would be swallowed by a callback once in a while, or leave a compiled loop as an error of the interpreter.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ class Signals:
     Parameters
     ----------
     folder
-        Where the checkpoints are, for the messages.
+        Where the checkpoints are, for the messages; None where there are none: a signal is then handled as it was
+        before, after the step.
     gives_back
         Whether Ctrl-C gives back what was trained, as a function does, or ends the process, as a command does.
     """
 
-    def __init__(self, folder: str | Path, gives_back: bool = True) -> None:
+    def __init__(self, folder: str | Path | None, gives_back: bool = True) -> None:
         self.folder, self.gives_back = folder, gives_back
         #: The first signal that was put off, if one was.
         self.number: int | None = None
@@ -61,9 +63,13 @@ class Signals:
         self.timer: threading.Timer | None = None
 
     def install(self) -> None:
-        """Handle the signals, those apart that are ignored (as nohup does); in the main thread, as others cannot."""
+        """Handle the signals, those apart that are ignored (as nohup does); in the main thread, as others cannot.
+
+        Without checkpoints, those that a function handles, and could raise from.
+        """
         for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before = signal.getsignal(number)
+            if callable(before) or (self.folder is not None and before not in (signal.SIG_IGN, None)):
                 self.before[number] = signal.signal(number, self._handle)
 
     def put_back(self) -> None:
@@ -81,8 +87,12 @@ class Signals:
         finally:
             self.is_put_off = False
             self._forget_timer()
+        self.act()
+
+    def act(self) -> None:
+        """Do what is done about the signal that was put off, if there was one."""
         if (number := self.taken_up()) is not None:
-            raise self.error(number)
+            self._act_on(number)
 
     def taken_up(self) -> int | None:
         """Return the signal that was put off, if there was one; what is done about it has as long as it takes."""
@@ -101,17 +111,22 @@ class Signals:
             f"{how}; with resume, the training goes on from what is in {self.folder}", 130 if is_interrupt else AGAIN
         )
 
+    def _act_on(self, number: int) -> None:
+        if self.folder is not None:
+            raise self.error(number)
+        self.before[number](number, None)
+
     def _handle(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self.pid:  # a forked process, which is none of ours
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL if self.folder is not None else self.before[number])
             os.kill(os.getpid(), number)
             return
         if not self.is_put_off or self.is_overdue:
-            error = self.error(self.number or number)
-            if isinstance(error, Suspended):
+            first = self.number or number
+            if self.folder is not None and isinstance(self.error(first), Suspended):
                 self._remind(_SWALLOWED, number)
-            raise error
-        if self.number is None:
+            self._act_on(first)
+        elif self.number is None:
             self.number = number
             self._remind(_PATIENCE, number)
 
@@ -136,8 +151,10 @@ _watching: Signals | None = None
 
 
 @contextmanager
-def watched(folder: str | Path, gives_back: bool = True) -> Iterator[Signals]:
+def watched(folder: str | Path | None, gives_back: bool = True) -> Iterator[Signals]:
     """Let the signals that would end the process do so in order; within another such block, as that one does.
+
+    See :class:`Signals` for `folder` and `gives_back`.
 
     Raises
     ------

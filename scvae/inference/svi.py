@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from scvae.boundary.options import Fraction, NonNegative, Options, Positive, Range, Whole
 from scvae.boundary.process import seed_from, seeded, unchecked
 from scvae.boundary.ranks import ALONE, Ranks
+from scvae.boundary.signals import watched
 from scvae.data.cells import Cells
 from scvae.data.order import Shuffled, n_minibatches
 from scvae.inference.checkpoints import Checkpoints
@@ -212,14 +213,16 @@ def train(
     program.train(not parts)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
-            with nullcontext() if checkpoints is None else checkpoints.signals.put_off():
+            with watched(None) if checkpoints is None else nullcontext(checkpoints.signals) as signals, signals.put_off():
                 while run.step.taken < run.until:
                     run.advance(pace)
                     bar.update()
                     bar.total = run.expected
                     if run.has_news:
                         bar.set_postfix(run.news)
-                    if checkpoints is not None and not checkpoints.goes_on(run):
+                    if checkpoints is None:
+                        signals.act()
+                    elif not checkpoints.goes_on(run):
                         run.stopped = "interrupted"
                         break
                 else:

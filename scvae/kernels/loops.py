@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from decimal import Decimal
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,21 @@ _inline = njit(forceinline=True, **_settings)
 def _kept(function: Callable) -> Callable:
     """Compile, and keep what was compiled on disk where there is a place for it."""
     try:
-        return njit(cache=True, nogil=True, **_settings)(function)
+        compiled = njit(cache=True, nogil=True, **_settings)(function)
     except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return njit(nogil=True, **_settings)(function)
+        compiled = njit(nogil=True, **_settings)(function)
+
+    @wraps(compiled, updated=())
+    def loop(*arguments: Any) -> Any:
+        try:
+            return compiled(*arguments)
+        except SystemError as error:  # which the interpreter makes of a Ctrl-C while results are handed over
+            cause: BaseException | None = error
+            while isinstance(cause, SystemError):
+                cause = cause.__cause__
+            raise cause or error from None
+
+    return loop
 
 
 # ---- Exponential and logarithm -----------------------------------------------------------------------------
@@ -397,6 +410,7 @@ def are_compiled() -> bool:
     """Tell whether the loops were compiled before, in this process or by an earlier one that kept them on disk."""
 
     def is_compiled(loop: Any) -> bool:
+        loop = loop.__wrapped__
         if loop.signatures:
             return True
         folder, source = loop.stats.cache_path, Path(__file__)

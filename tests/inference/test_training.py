@@ -1,6 +1,9 @@
 """The training loop keeps its promises for any budget, and however it ends."""
 
 import math
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +289,55 @@ def test_ctrl_c_before_the_first_step_leaves_a_usable_model_too(adata, fit, monk
     assert model.history.empty
     assert np.isfinite(model.embed(adata)).all()
     adata.write_h5ad(tmp_path / "cells.h5ad")
+
+
+@pytest.mark.parametrize("where", ["_evaluate", "advance"])
+def test_ctrl_c_within_a_step_waits_until_the_step_is_done(adata, monkeypatch, where):
+    real, seen = getattr(svi.Run, where), []
+
+    def interrupted(self, *rest):
+        seen.append(self.step.taken)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # here a handler would be called
+            seen.append("went on")
+        return real(self, *rest)
+
+    monkeypatch.setattr(svi.Run, where, interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        model = scvae.fit(adata, batch_key="batch", n_latent=2, n_hidden=8, validation_fraction=0.2, progress=False)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert model.stopped == "interrupted"
+    assert seen[-1] == "went on"
+    assert model.course.n_steps == (3 if where == "advance" else seen[2])
+    assert np.array_equal(adata.obsm["X_scvae"], model.embed(adata))
+
+
+def test_a_handler_of_the_callers_is_called_after_the_step(adata, unchanged, monkeypatch):
+    real, seen = svi.Run.advance, []
+
+    def ended(self, pace):
+        if self.step.taken == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        real(self, pace)
+        seen.append(self.step.taken)
+
+    def stop(number, _):
+        raise SystemExit(128 + number)
+
+    monkeypatch.setattr(svi.Run, "advance", ended)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with unchanged(adata), pytest.raises(SystemExit, match="143"):
+            scvae.fit(adata, batch_key="batch", n_latent=2, n_hidden=8, max_epochs=50, progress=False)
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [1, 2, 3]
 
 
 # ---- Quiet, and seeded -------------------------------------------------------------------------------------

@@ -111,6 +111,18 @@ def test_where_nothing_can_be_kept_on_disk_it_is_compiled_all_the_same(monkeypat
     assert loops._kept(lambda x: x + 1)(1) == 2
 
 
+@pytest.mark.parametrize("cause", [KeyboardInterrupt(), SystemExit(143), None])
+def test_what_is_raised_while_results_are_handed_over_is_raised(monkeypatch, cause):
+    def broken(_):
+        inner, outer = SystemError("returned a result with an exception set"), SystemError("again")
+        inner.__cause__, outer.__cause__ = cause, inner
+        raise outer
+
+    monkeypatch.setattr(loops, "njit", lambda **_: lambda function: function)
+    with pytest.raises(SystemError if cause is None else type(cause)):
+        loops._kept(broken)(1)
+
+
 def test_whether_loops_are_compiled_is_told_by_what_is_kept_on_disk(tmp_path):
     code = "from scvae.kernels import loops; print(loops.are_compiled())"
     fit = (
