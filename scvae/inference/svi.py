@@ -211,9 +211,10 @@ def train(
             say(f"scvae: the training goes on from step {run.step.taken:,}")
     bar = Progress(total=run.expected, initial=run.step.taken, disable=not shows)
     program.train(not parts)
+    watching = watched(None) if checkpoints is None else nullcontext(checkpoints.signals)
     with unchecked(), bar, closing(run), pace_of(program, cells, run.lengths) as pace:
         try:
-            with watched(None) if checkpoints is None else nullcontext(checkpoints.signals) as signals, signals.put_off():
+            with watching as signals, signals.put_off():
                 while run.step.taken < run.until:
                     run.advance(pace)
                     bar.update()
