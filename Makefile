@@ -1,5 +1,5 @@
 # make demo    install and run the demonstration: five cell lines in three experiments
-# make test    install and run the tests, with line coverage
+# make test    install and run the tests, with line coverage of those that are fast
 # make test-lowest
 #              the tests with the lowest versions that pyproject.toml admits, for Python 3.11, but for those that take
 #              long and depend on the version of torch alone
@@ -26,7 +26,8 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/scvae demo --overwrite
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --cov --cov-report term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow" --cov --cov-report term-missing:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m slow
 
 test-lowest: $(VENV)-lowest/.installed-$(TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"

@@ -68,6 +68,7 @@ def answers():
     return ask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", MODELS.values(), ids=MODELS)
 def test_nothing_of_the_reference_moves_and_the_new_batches_learn(
     adata, query, fit, answers, unchanged, options, tmp_path

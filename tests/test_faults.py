@@ -25,7 +25,6 @@ from scvae.data.store import open_store
 from scvae.data.tables import open_tables
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a handle is of is only known on Linux"),
     pytest.mark.filterwarnings("ignore:.*could not be flushed", "ignore:Writing zarr v2", "ignore:.*tries again"),
 ]
@@ -307,6 +306,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_save_into_one_folder_leave_a_model_of_one_of_them(tmp_path, models):
     for i, model in enumerate(models):
         model.save(tmp_path / str(i))

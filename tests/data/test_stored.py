@@ -217,6 +217,7 @@ def trained(cells, **options):
         return program, train(program, cells, Training(batch_size=SIZE, **options), progress=False)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_replayed_sees_the_cells_that_are_in_the_window(many, monkeypatch):
     program, course = trained(StoredCells(many[1], "cpu", MEMORY, SIZE), max_epochs=2)
     monkeypatch.setattr("scvae.inference.svi.Recorded", None)

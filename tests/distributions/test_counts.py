@@ -160,6 +160,7 @@ def grid(family, given):
     return points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("given", ["mean", "log_mean"])
 @pytest.mark.parametrize("family", FAMILIES)

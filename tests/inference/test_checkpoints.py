@@ -26,8 +26,6 @@ from scvae.inference.pace import Fixed
 from scvae.inference.svi import Run, Training
 from scvae.programs import PROGRAMS
 
-pytestmark = pytest.mark.slow
-
 CPU = torch.device("cpu")
 
 #: Program, its options, and keys of the reading.
@@ -108,12 +106,14 @@ def taken_up_everywhere(made, kind, is_recorded, starts, n_steps, **training):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_recorded", [True, False], ids=["recorded", "declared"])
 def test_at_any_of_64_steps_it_goes_on_to_the_same_numbers(made, is_recorded):
     run = taken_up_everywhere(made, "mixture", is_recorded, range(1, 64, 7), 7, min_steps=64)  # all: benchmarks
     assert run.step.taken >= 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_recorded", [True, False], ids=["recorded", "declared"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_program_goes_on_to_the_same_numbers(made, kind, is_recorded):
@@ -659,6 +659,7 @@ def run(folder, *arguments, until=None, number=signal.SIGKILL):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_kill_and_signals(adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")
     whole = scvae.fit(adata, max_epochs=20, batch_size=32, progress=False)
@@ -694,6 +695,7 @@ Run.advance = advance
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_of_several_processes_one_that_is_killed_is_started_again(adata, tmp_path):
     adata.write_h5ad(tmp_path / "cells.h5ad")

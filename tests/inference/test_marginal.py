@@ -62,6 +62,7 @@ def test_what_is_written_is_the_mixture_and_the_answer_of_the_likeliest_batch(ad
     np.testing.assert_array_equal(new.obs["new_code"].astype(int), expected)
 
 
+@pytest.mark.slow
 def test_moments_are_those_of_the_draws(adata, model, as_of):
     new = as_of(adata, "new")[:10].copy()
     mean, std = model.embed(new, unknown_batch="marginal", give_std=True)

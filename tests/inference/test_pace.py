@@ -11,8 +11,6 @@ from scvae.inference import pace, svi
 from scvae.inference.pace import Fixed, Pace, cores
 from scvae.modules.nets import BatchNorm, Linear, LinearWithCovariates, product_of
 
-pytestmark = pytest.mark.slow
-
 
 class Machine:
     """A clock on which steps take as long as the machine makes them."""
@@ -135,6 +133,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_fit_is_the_same_in_one_thread_in_two_and_in_now_one_now_two(options, wide, monkeypatch):
     def fitted(n, take=None):

@@ -256,6 +256,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_programs_are_trained_the_same_by_replays(options, adata, monkeypatch):
     adata.obsm["images"] = np.random.default_rng(0).uniform(size=(adata.n_obs, 8, 8)).astype(np.float32)

@@ -203,6 +203,7 @@ def test_rates_of_decay_follow_the_slopes():
     assert rates[:2].tolist() == pytest.approx([20, 1e-3])
 
 
+@pytest.mark.slow
 def test_what_batches_add_is_held_back_where_it_is_noise_and_kept_where_it_is_not():
     """Two batches of the same kind of cells: differences of genes are noise, unless they are planted."""
 

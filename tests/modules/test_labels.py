@@ -216,6 +216,7 @@ def test_the_bound_has_a_term_of_the_label_in_labelled_cells_only(labelled, name
     assert (log_likelihood["y"][~has] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
 @pytest.mark.parametrize("posterior", ["normal", "full", "low_rank", "iaf", "iaf_stable"])
 def test_with_all_labels_hidden_the_fit_is_the_one_without_labels(adata, fit, name, posterior):
@@ -272,6 +273,7 @@ def test_schemas_of_models_that_were_saved_before_there_were_labels_are_read(mod
     assert Schema.of(content) == model.program.schema
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROGRAM_NAMES)
 def test_labels_reach_cells_that_have_none_and_errors_are_corrected(fit, name):
     rng = np.random.default_rng(0)

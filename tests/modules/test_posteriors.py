@@ -389,6 +389,7 @@ def gap(name, seed=0, n_steps=600):
             return exact_evidence() - bound(50_000).double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name", FLOWS)
 def test_a_flow_follows_a_posterior_that_is_bent_and_a_normal_cannot(name, seed):

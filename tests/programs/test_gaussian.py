@@ -399,6 +399,7 @@ def blood_cells():
     return x[:, np.argsort(-x.var(0))[:200]], adata.obsm["X_pca"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("x", "d", "options"),
     [

@@ -198,6 +198,7 @@ def test_the_decoder_starts_near_the_mean_image():
 # ---- The promises of a program -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pixels", PIXELS)
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_it_is_fitted_and_answers(fit, posterior, pixels, tmp_path):

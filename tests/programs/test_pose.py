@@ -221,6 +221,7 @@ def test_the_bound_is_the_evidence_summed_over_the_copies(images, fit_images, an
     assert torch.allclose(total, terms.logsumexp(0), atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"angle_scale": 0.5}, {"encoder": "plain"}, {"translate": False}])
 def test_the_bound_tightens(images, fit_images, options):
     model = fit_images(images, max_epochs=20, **options)
@@ -273,6 +274,7 @@ def test_content_is_set_apart_from_angle_and_shift(images, fit_images):
     assert within < raw / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("posterior", "prior"), COMBINATIONS)
 def test_every_posterior_and_prior(images, fit_images, tmp_path, posterior, prior):
     options = {"batch_key": "batch", "posterior": posterior, "prior": prior}
@@ -312,6 +314,7 @@ def test_every_posterior_and_prior(images, fit_images, tmp_path, posterior, prio
         assert np.array_equal(read.obsm[key], images.obsm[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -248,6 +248,7 @@ def real(adata):
     return AnnData(np.log1p(adata.X.toarray()), obs=adata.obs, var=adata.var)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_key", [None, "batch"])
 @pytest.mark.parametrize(
     ("program", "options"),
@@ -359,6 +360,7 @@ def test_without_k_means_start_and_restarts_codes_are_dead():
     assert model.history["perplexity"].iloc[-1] < usual.history["perplexity"].iloc[-1] - 4
 
 
+@pytest.mark.slow
 def test_restarts_alone_bring_codes_to_life():
     assert n_dead(model_of_types(kmeans_start=False)) < n_dead(model_of_types(kmeans_start=False, restart=False)) / 2
 

@@ -24,6 +24,7 @@ def assert_improves(adata, fit, **options):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("dispersion", DISPERSIONS)
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -41,6 +42,7 @@ def test_every_variant_is_fitted_improves_and_is_saved(adata, fit, likelihood, d
     assert np.array_equal(loaded.elbo(adata), model.elbo(adata))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
