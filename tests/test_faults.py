@@ -119,7 +119,7 @@ def test_results_that_are_streamed_to_a_folder_are_whole_or_as_they_were(tmp_pat
     def write(folder, value=1.0):
         results.write_array(folder / "out.zarr", tables, ("obsm", "X_scvae"), [(0, np.full((12, 2), value))])
 
-    places = [1, 40, 125, 300]
+    places = [1, 40, 125, 200]
     calls = every_fault(
         tmp_path,
         lambda folder: write(folder, 0.0),

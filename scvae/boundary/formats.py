@@ -131,11 +131,13 @@ def zarr_ended() -> Iterator[None]:
     """Let nothing be written to a zarr folder any more when an error leaves the block: the folder is removed then."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         with suppress(Exception):  # zarr 2 has no tasks
             from zarr.core.sync import sync
 
             sync(_all_done())
+        if isinstance(error.__cause__, OSError):  # zarr 2 makes a KeyError of what the disk says
+            raise error.__cause__ from None
         raise
 
 
