@@ -114,6 +114,7 @@ class Signals:
     def _act_on(self, number: int) -> None:
         if self.folder is not None:
             raise self.error(number)
+        self.number = None  # what is handled by a function that returns is not handled again after the step
         self.before[number](number, None)
 
     def _handle(self, number: int, _: FrameType | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from anndata import AnnData, read_h5ad
 
 import scvae
+from scvae.boundary import signals
 from scvae.boundary.process import seeded
 from scvae.data.reading import read_cells, read_schema
 from scvae.inference import evidence, steps, svi
@@ -339,6 +340,27 @@ def test_a_handler_of_the_callers_is_called_after_the_step(adata, unchanged, mon
     finally:
         signal.signal(signal.SIGTERM, before)
     assert seen == [1, 2, 3]
+
+
+def test_a_handler_that_returns_is_called_once_in_a_step_that_takes_long(adata, monkeypatch):
+    monkeypatch.setattr(signals, "_PATIENCE", 0.05)
+    real, handled = svi.Run.advance, []
+
+    def slow(self, pace):
+        if self.step.taken == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            assert handled == [signal.SIGTERM]
+        real(self, pace)
+
+    monkeypatch.setattr(svi.Run, "advance", slow)
+    before = signal.signal(signal.SIGTERM, lambda number, _: handled.append(number))
+    try:
+        model = scvae.fit(adata, batch_key="batch", n_latent=2, n_hidden=8, max_epochs=5, progress=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert model.stopped == "finished"
+    assert handled == [signal.SIGTERM]
 
 
 # ---- Quiet, and seeded -------------------------------------------------------------------------------------
