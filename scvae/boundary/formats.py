@@ -128,7 +128,10 @@ def _write_zarr(adata: AnnData, path: Path) -> None:
 
 @contextmanager
 def zarr_ended() -> Iterator[None]:
-    """Let nothing be written to a zarr folder any more when an error leaves the block: the folder is removed then."""
+    """Let nothing be written to a zarr folder any more when an error leaves the block: the folder is removed then.
+
+    An error of the disk leaves it as such.
+    """
     try:
         yield
     except BaseException as error:
