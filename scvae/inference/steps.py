@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial, reduce
@@ -22,7 +23,9 @@ __all__ = ["Part", "Step"]
 
 _log = logging.getLogger("scvae")
 
-_WARM_UP = 3  # steps before the capture, in which libraries and Adam allocate what they keep
+#: Steps of a size before it is captured. By then libraries and Adam have allocated what they keep; and to record a step
+#: takes as long as some ten of them do by themselves, which fewer steps to come would not make up for.
+_WARM_UP = 8
 #: Relative differences of what a step changes that the order of sums may make; with other operations for the same step
 #: at most a tenth of these was seen, of programs of images a sixth.
 _SAME = {
@@ -106,8 +109,9 @@ class Step:
         self.adam = _Adam(self.parameters)
         self.count = torch.zeros(1, dtype=torch.int64, device=cells.device)
         self.sums = torch.zeros(2, device=cells.device)  # log likelihood and KL, nats a cell, since they were taken
-        #: Steps that were taken, and those of them that were taken since the making or :meth:`restore`.
-        self.taken = self.taken_here = 0
+        #: Steps that were taken, and since the making or :meth:`restore` those of each size of minibatch.
+        self.taken = 0
+        self.taken_here: Counter[int] = Counter()
         self.replays: dict[int, tuple[Tensor, Callable[[], None]]] = {}
         #: Step, counted from 1, that the terms below are of: the first one that was not finite, or else the latest.
         self.seen = torch.zeros(1, dtype=torch.int64, device=cells.device)
@@ -120,7 +124,7 @@ class Step:
         With several processes they are the share of this one of a minibatch of `n_cells`.
         """
         n = len(rows) if n_cells is None else n_cells  # the same in all processes, which so capture the same steps
-        if self.capture is None or self.taken_here < _WARM_UP:
+        if self.capture is None or self.taken_here[n] < _WARM_UP:
             self._take(rows, n_nonzero, n)
         elif n not in self.replays and self.capture.fixed_shapes:
             self._take_and_capture(rows, n, self.capture)
@@ -132,7 +136,7 @@ class Step:
             static_rows.copy_(rows)
             replay()
         self.taken += 1
-        self.taken_here += 1
+        self.taken_here[n] += 1
 
     def state(self) -> dict[str, Tensor]:
         """Return what the next steps depend on, beside the program and the random numbers, for :meth:`restore`."""
@@ -147,7 +151,8 @@ class Step:
         """Go on where a training was."""
         for name, value in self.state().items():
             value.copy_(state[name])
-        self.taken, self.taken_here = int(self.count), 0
+        self.taken = int(self.count)
+        self.taken_here.clear()
         self.seen.copy_(self.count)
 
     def _take(self, rows: Tensor, n_nonzero: int, n_cells: int, padded: bool = False) -> None:

@@ -221,7 +221,7 @@ def marked(owner, name, write, when=lambda *given: True):
 #: What begins each phase, and up to how many seconds later the signal comes.
 PHASES = {
     "reading": ((formats, "read"), 0.02),
-    "compiling": ((Step, "__call__", lambda step, *_: step.taken_here == 0), 4.0),
+    "compiling": ((Step, "__call__", lambda step, *_: not step.taken_here), 4.0),
     "settling": ((Run, "_settle"), 0.02),
     "validating": ((svi, "bound_and_slopes"), 0.005),
     "a step": ((Step, "__call__", lambda step, *_: step.taken == 150), 0.02),

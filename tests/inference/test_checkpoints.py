@@ -50,8 +50,9 @@ def simulated(adata):
 
 
 @pytest.fixture
-def made(simulated):
+def made(simulated, monkeypatch):
     """``made(kind)``: a fresh run of that kind, of 64 steps at most; the rate falls where `patience` is small."""
+    monkeypatch.setattr("scvae.inference.steps._WARM_UP", 1)  # so that some of a few steps are replayed
 
     def made(kind, is_recorded=True, seed=0, **training):
         name, options, keys = KINDS[kind]
@@ -96,6 +97,7 @@ def taken_up_everywhere(made, kind, is_recorded, starts, n_steps, **training):
         states.append(copy_of(run))
         expected.append(told(run))
     run.close()
+    assert bool(run.step.replays) == is_recorded
     for start in starts:
         with closing(made(kind, is_recorded, seed=start + 1, **training)) as again:
             again.restore(*states[start])

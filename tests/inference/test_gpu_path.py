@@ -30,7 +30,7 @@ from scvae.fits import generating
 from scvae.inference import marginal
 from scvae.inference.evidence import elbo_terms
 from scvae.inference.recording import CudaGraphs, _depends_on_values
-from scvae.inference.steps import Step
+from scvae.inference.steps import _WARM_UP, Step
 from scvae.kernels import operations
 from scvae.programs import PROGRAMS
 
@@ -464,7 +464,7 @@ def test_on_a_gpu_the_replay_of_each_program_is_the_step_taken_one_by_one(name, 
     with caplog.at_level("INFO", "scvae"), no_warning(), unchecked(), seeded(0, cells.device):
         step = step_of(program.cuda(), cells)
         step.capture = CudaGraphs(cells.device)
-        for rows, n_nonzero in [part for _ in range(5) for part in cells.parts(SIZE)]:
+        for rows, n_nonzero in [part for _ in range(_WARM_UP + 2) for part in cells.parts(SIZE)]:
             step(rows, n_nonzero)
     assert caplog.records == []
     assert step.replays  # which are kept where the outcomes are the same

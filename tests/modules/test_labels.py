@@ -296,7 +296,7 @@ def test_labels_reach_cells_that_have_none_and_errors_are_corrected(fit, name):
 
 def test_steps_with_labels_are_replayed_from_a_recording(labelled, fit, caplog):
     with caplog.at_level("INFO", logger="scvae"):
-        fit(labelled, labels_key="given", batch_key="batch", max_epochs=4)
+        fit(labelled, labels_key="given", batch_key="batch", max_epochs=16)
     assert not [record for record in caplog.records if "not" in record.getMessage()]
 
 
