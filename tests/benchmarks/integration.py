@@ -85,19 +85,27 @@ def mixing_within_labels(embedding: np.ndarray, label: np.ndarray, batch: np.nda
 
 
 def peers(path: str) -> dict[str, np.ndarray]:
-    """Return PCA of the log-normalised counts, and Harmony on it where there are batches."""
+    """Return PCA of the normalised counts, and Harmony on it where there are batches.
+
+    Normalised in two ways, of which now one and now the other is the better: logarithms of counts per ten thousand; and
+    ``scaled``, logarithms of counts per median total, each gene with a variance of 1 and at most 10.
+    """
+    import harmonypy
     import scanpy as sc
 
     adata = anndata.read_h5ad(path)
-    sc.pp.normalize_total(adata, target_sum=1e4)
-    sc.pp.log1p(adata)
-    sc.pp.pca(adata, n_comps=min(30, adata.n_vars - 1))
-    found = {"PCA": adata.obsm["X_pca"]}
-    if adata.uns["batch_key"]:
-        import harmonypy
-
-        corrected = np.asarray(harmonypy.run_harmony(found["PCA"], adata.obs, adata.uns["batch_key"]).Z_corr)
-        found["Harmony"] = corrected if len(corrected) == adata.n_obs else corrected.T
+    found = {}
+    for name, total in (("", 1e4), (", scaled", None)):
+        cells = adata.copy()
+        sc.pp.normalize_total(cells, target_sum=total)
+        sc.pp.log1p(cells)
+        if name:
+            sc.pp.scale(cells, max_value=10)
+        sc.pp.pca(cells, n_comps=min(30, cells.n_vars - 1))
+        found[f"PCA{name}"] = cells.obsm["X_pca"]
+        if adata.uns["batch_key"]:
+            corrected = np.asarray(harmonypy.run_harmony(cells.obsm["X_pca"], cells.obs, adata.uns["batch_key"]).Z_corr)
+            found[f"Harmony{name}"] = corrected if len(corrected) == adata.n_obs else corrected.T
     return found
 
 
