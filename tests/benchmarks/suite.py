@@ -4,8 +4,9 @@ FOLDER holds the .h5ad files of raw counts with ``obs["split"]`` (train, test); 
 two of them are made. For each set, library mode and seed, the default is fitted to the training cells; printed and kept
 are the likelihood of the test cells (importance-weighted, 256 samples, nats a cell), and the scores of the embedding of
 all cells by ``integration.py``, which the environment of the peers computes (``make .venv-peers/.installed``), beside
-PCA and Harmony. ``--reference FOLDER`` holds scores of scVI, one JSON file a set: a list of objects with ``method`` and
-the columns. Nothing is chosen here: the defaults were chosen on training cells (``defaults.md``).
+PCA and Harmony of logarithms as they are and of scaled genes. ``--reference FOLDER`` holds scores of scVI, one JSON
+file a set: a list of objects with ``method`` and the columns. Nothing is chosen here: the defaults were chosen on
+training cells (``defaults.md``).
 
 Written to ``tests/benchmarks/results``: ``suite.json``, ``suite.md`` and ``suite.png``.
 """
