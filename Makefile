@@ -27,7 +27,8 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow" --cov --cov-report term-missing:skip-covered
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m slow \
+		tests/test_tutorials.py tests # which take longest, and so come first
 
 test-lowest: $(VENV)-lowest/.installed-$(TORCH)
 	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"

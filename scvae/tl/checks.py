@@ -13,6 +13,10 @@ is true. With *one draw* :math:`z \sim p(z \mid x)` it does not: if :math:`x` is
 :math:`u` of all genes and cells are independent and uniform, exactly. So there is one draw a cell, and since the guide
 is but near to the posterior, it is chosen among many by importance weights
 (:func:`scvae.inference.evidence.posterior_draw`).
+
+A p-value over all residuals takes very small distances for significant. Of cells that were drawn from a model of
+``pbmc_3tech``, 20 latents, 100 cells and 151,100 residuals at a time, 10 % had one below 0.05, at a mean distance to the
+uniform distribution of 0.0024 in place of the 0.0022 of exact draws: read the distances, and compare models by them.
 """
 
 from __future__ import annotations
@@ -114,8 +118,9 @@ def posterior_check(
     adata
         The cells.
     n_samples
-        Draws from the guide: of so many one is chosen for the residuals (the more, the nearer it is to a draw from the
-        posterior), and over so many held-out counts are predicted.
+        Draws from the guide: of so many one is chosen for the residuals, and over so many held-out counts are
+        predicted. The more, the nearer the one is to a draw from the posterior, which 32 of 20 latents do not quite
+        reach: see ``effective_draws``.
     heldout_fraction
         Of the counts, that is taken out and predicted.
     split
