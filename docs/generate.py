@@ -38,8 +38,8 @@ PLACED = {
 RESULTS = {
     "suite": """Real cells beside scVI, Harmony and PCA
 
-Means of three seeds, of scVI of its own. PCA and Harmony are those of logarithms of counts per ten thousand; `scaled`, of
-counts per median total, each gene with a variance of 1.
+Means of three seeds, of scVI of its own. PCA and Harmony are those of logarithms of counts per ten thousand; `scaled`,
+of counts per median total, each gene with a variance of 1.
 
 | column | what it is |
 | --- | --- |

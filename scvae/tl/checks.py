@@ -15,8 +15,9 @@ is but near to the posterior, it is chosen among many by importance weights
 (:func:`scvae.inference.evidence.posterior_draw`).
 
 A p-value over all residuals takes very small distances for significant. Of cells that were drawn from a model of
-``pbmc_3tech``, 20 latents, 100 cells and 151,100 residuals at a time, 10 % had one below 0.05, at a mean distance to the
-uniform distribution of 0.0024 in place of the 0.0022 of exact draws: read the distances, and compare models by them.
+``pbmc_3tech`` with 20 latents, 100 cells and 151,100 residuals at a time, 10 % had one below 0.05, at a mean distance
+to the uniform distribution of 0.0024 in place of the 0.0022 of exact draws: read the distances, and compare models by
+them.
 """
 
 from __future__ import annotations
