@@ -166,7 +166,7 @@ class Still(TorchDispatchMode):
         return result
 
 
-def stepped(rank, program="zinb", n_steps=20, size=32, rate=1e-3, **options):
+def stepped(rank, program="zinb", n_steps=40, size=32, rate=1e-3, **options):
     """All numbers after some steps without noise, by name; with statistics of the batch normalisation that stay."""
     torch.set_num_threads(1)
     adata = data(program)
