@@ -141,12 +141,12 @@ def test_a_fit_is_the_same_in_one_thread_in_two_and_in_now_one_now_two(options, 
         if take is not None:
             monkeypatch.setattr(Pace, "_note", take)
         cells = wide.copy()
-        model = scvae.fit(cells, batch_key="batch", max_epochs=6, progress=False, **options)
+        model = scvae.fit(cells, batch_key="batch", max_epochs=12, progress=False, **options)
         assert torch.get_num_threads() == n
         return model, cells
 
     monkeypatch.setattr(pace, "cores", lambda: 2)
-    monkeypatch.setattr("scvae.inference.steps._WARM_UP", 1)  # so that most of the few steps are replayed
+    monkeypatch.setattr("scvae.inference.steps._WARM_UP", 1)  # so that most steps are replayed
     (one, cells_of_one), *others = [
         fitted(1),
         fitted(2, lambda self, *_: setattr(self, "n", 2 if self.may_share else 1)),
