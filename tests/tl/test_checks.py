@@ -238,6 +238,7 @@ def test_held_out_counts_are_predicted_better_by_a_model_that_has_learnt_somethi
         {"likelihood": "poisson", "library": "observed"},
         {"size_factor_key": "size", "posterior": "iaf"},
         {"prior": "vamp"},
+        {"labels_key": "cell_type", "posterior": "low_rank"},
         {"program": "vq", "n_codes": 4},
     ],
     ids=str,
