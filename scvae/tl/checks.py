@@ -10,8 +10,8 @@ Of which latents? The cell's own counts are used twice, to infer :math:`z` and t
 over :math:`p(z \mid x)`, as posterior predictive p-values have it, :math:`u` crowds in the middle even where the model
 is true. With *one draw* :math:`z \sim p(z \mid x)` it does not: if :math:`x` is drawn from the model, the pair
 :math:`(x, z)` is distributed as if :math:`z` had been drawn from the prior first and :math:`x` from it, and all
-:math:`u` of all genes and cells are independent and uniform, exactly. So there is one draw a cell. The guide is but near
-to the posterior: among many draws from it one is chosen by importance weights, and taken along some paths of
+:math:`u` of all genes and cells are independent and uniform, exactly. So there is one draw a cell. The guide is but
+near to the posterior: among many draws from it one is chosen by importance weights, and taken along some paths of
 Hamiltonian Monte Carlo, which leave the posterior as it is and bring nearer to it what is not there yet
 (:func:`scvae.inference.evidence.posterior_draw`).
 
